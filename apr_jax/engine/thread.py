@@ -1,0 +1,143 @@
+"""Threads and families: one line of reasoning, and a request's whole tree of them. Plain host state."""
+
+import dataclasses
+import enum
+import hashlib
+from typing import Literal
+
+from apr_jax.cache.context import Context
+from apr_jax.types import SamplingParams
+
+JoinMode = Literal["stitch", "conclusion", "select", "prefill", "splice"]
+
+
+class Status(enum.Enum):
+    """Where a thread is in its life. Only RUNNING threads hold a slot."""
+
+    WAITING = "waiting"  # has tokens to feed or to sample, waits for a slot or pages
+    RUNNING = "running"  # holds a slot
+    STOPPED = "stopped"  # reached a stop; whoever drives it decides what comes next
+    FORKED = "forked"  # waits for its children
+    FINISHED = "finished"  # was released: holds no pages any more
+    CANCELLED = "cancelled"  # likewise, before its end
+
+
+StopReason = Literal["stop_id", "stop_string", "eos", "length", "context", "pages", "prefilled", "cancelled"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stop:
+    """Why a thread stopped.
+
+    Attributes:
+      reason: `stop_id`, `eos`: that token was sampled and is the thread's last; `stop_string`: the text holds it;
+        `length`: max_new_tokens; `context`: the model's context window; `pages`: a family's bound or the pool;
+        `prefilled`: nothing was to be sampled.
+      token_id: the token for `stop_id` and `eos`.
+      string: the string for `stop_string`.
+    """
+
+    reason: StopReason
+    token_id: int | None = None
+    string: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class JoinRecord:
+    """One join of a thread: its children's text belongs between its own tokens [.., at) and [at, ..)."""
+
+    at: int
+    children: tuple["Thread", ...]
+    mode: JoinMode
+
+
+@dataclasses.dataclass
+class Counters:
+    """What a family cost, beside the tokens that its threads hold."""
+
+    prefill_tokens: int = 0  # prompt and forced tokens fed
+    cached_tokens: int = 0  # prompt tokens found in the prefix cache
+    reprefill_tokens: int = 0  # tokens computed again at joins
+    flush_tokens: int = 0  # last tokens fed without sampling, so that a segment can be sealed
+    overshoot_tokens: int = 0  # sampled beyond a decision, then dropped
+    join_s: float = 0.0  # host seconds in joins
+    peak_pages: int = 0  # unique pages at most
+    max_context_tokens: int = 0  # the longest context any token attended to
+    preemptions: int = 0
+
+
+class Family:
+    """A request's root thread and all its descendants, oldest first."""
+
+    def __init__(self, family_id: int, seed: int):
+        self.id = family_id
+        self.seed = seed
+        self.threads: list[Thread] = []
+        self.counters = Counters()
+        self.preempted = False
+
+    @property
+    def root(self) -> "Thread":
+        return self.threads[0]
+
+    @property
+    def live(self) -> "list[Thread]":
+        """Threads that still hold a context."""
+        return [thread for thread in self.threads if thread.context is not None]
+
+
+@dataclasses.dataclass(eq=False)
+class Thread:
+    """One line of reasoning.
+
+    Attributes:
+      prompt_ids: the root's prompt; empty for a child.
+      token_ids: everything after the prompt or fork, forced and sampled; `sampled` says which, `logprobs` holds
+        the model's log-probability of sampled tokens where asked for (nan where forced).
+      pending: tokens that have no keys yet, in order; all but the last are fed without sampling.
+      path: (fork number of the parent, ordinal) from the root: what the random keys fold in.
+      context: what the thread attends to; None once released.
+      joins: this thread's joins, in order.
+      suspended: holds no slot and some of its segments are in host memory.
+    """
+
+    id: int
+    family: Family
+    parent: "Thread | None"
+    path: tuple[tuple[int, int], ...]
+    sampling: SamplingParams
+    context: Context | None
+    start_position: int
+    prompt_ids: list[int] = dataclasses.field(default_factory=list)
+    token_ids: list[int] = dataclasses.field(default_factory=list)
+    sampled: list[bool] = dataclasses.field(default_factory=list)
+    logprobs: list[float] = dataclasses.field(default_factory=list)
+    pending: list[int] = dataclasses.field(default_factory=list)
+    children: "list[Thread]" = dataclasses.field(default_factory=list)
+    joins: list[JoinRecord] = dataclasses.field(default_factory=list)
+    status: Status = Status.WAITING
+    stop: Stop | None = None
+    slot: int | None = None
+    suspended: bool = False
+    num_forks: int = 0
+    num_sampled: int = 0  # over the thread's whole life; what the random keys count
+    budget: int = 0  # tokens it may still sample before it stops with `length`
+    sampled_since: int = 0  # first index of token_ids that stop strings are matched from
+
+    @property
+    def is_done(self) -> bool:
+        return self.status in (Status.FINISHED, Status.CANCELLED)
+
+    def key(self) -> tuple[int, int]:
+        """The thread's random key, two 32-bit words: a hash of the request's seed and the path from the root."""
+        digest = hashlib.blake2b(repr((self.family.seed, self.path)).encode(), digest_size=8).digest()
+        return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
+
+    def visible_ids(self) -> list[int]:
+        """Token ids of the thread's own context with its pending tokens: what penalties count."""
+        assert self.context is not None
+        ids = [token for segment in self.context.segments for token in segment.token_ids]
+        return ids + self.pending
+
+    def __repr__(self) -> str:
+        return f"Thread({self.id}, {self.status.value}, tokens={len(self.token_ids)}, pending={len(self.pending)})"
