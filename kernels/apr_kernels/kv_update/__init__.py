@@ -1,0 +1,1 @@
+from apr_kernels.kv_update.api import kv_update as kv_update

@@ -1,0 +1,47 @@
+"""Public entry: write new keys and values into pages, in place."""
+
+import jax
+import jax.numpy as jnp
+
+from apr_kernels.kv_pages import KVPages
+from apr_kernels.kv_update import reference
+from apr_kernels.plan import Plan, check_shapes
+
+
+def check_call(kv_pages: KVPages, plan: Plan, tail_len, num_queries, num_rows: int) -> None:
+    """Checks the static shapes both entries share. Raises ValueError with what was found and expected."""
+    check_shapes(plan)
+    if num_rows != plan.num_rows:
+        raise ValueError(f"{num_rows} rows given, the plan has {plan.num_rows}")
+    for name, array, size in (("tail_len", tail_len, plan.num_slots), ("num_queries", num_queries, num_rows)):
+        if array.shape != (size,) or not jnp.issubdtype(array.dtype, jnp.integer):
+            raise ValueError(f"{name} is {array.dtype}{list(array.shape)}, must be integer [{size}]")
+    if kv_pages.format != "head_major":
+        raise ValueError(f"pages of format {kv_pages.format!r}: the plain-JAX kernels know 'head_major' only")
+
+
+def kv_update(kv_pages: KVPages, k, v, plan: Plan, tail_len, num_queries) -> KVPages:
+    """Appends each row's new keys and values to the tail of the slot it serves.
+
+    Token t of row r becomes token tail_len[slot] + t of the tail of slot plan.row_slot[r]. Tokens t >= num_queries[r]
+    and rows of padding write nothing, nor does a token whose page is not reserved. Writing a page's first slot zeroes
+    its other slots: unused slots are finite. Donate kv_pages: the write is then in place.
+
+    Args:
+      kv_pages: the layer's pages.
+      k: [R, T, K, D] rotated keys.
+      v: [R, T, K, D] values.
+      plan: the step's plan; `row_slot` and `tail_pages` are used.
+      tail_len: i32[S] tokens with keys in each tail before this call.
+      num_queries: i32[R] valid tokens of each row, at most T.
+
+    Raises:
+      ValueError: shapes or dtypes that do not fit together.
+    """
+    expected = (plan.num_rows, k.shape[1], kv_pages.num_kv_heads, kv_pages.head_dim)
+    for name, array in (("k", k), ("v", v)):
+        if array.ndim != 4 or array.shape != expected:
+            raise ValueError(f"{name} has shape {array.shape}, must be {expected}")
+    check_call(kv_pages, plan, tail_len, num_queries, k.shape[0])
+    with jax.named_scope("kv_update"):
+        return reference.kv_update(kv_pages, k, v, plan, tail_len, num_queries)
