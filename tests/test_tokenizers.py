@@ -22,7 +22,7 @@ TEXTS = [
 CORPUS = [
     "the quick brown fox 53 + 4 = 57\n",
     "line one indented leads with a space end",
-    "left and right 2 * 7",
+    "left and right 1: 2 * 7",
 ] * 8
 
 
