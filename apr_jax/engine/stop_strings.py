@@ -1,0 +1,31 @@
+"""Stop strings that are no single token: matched on the host, after a dispatch."""
+
+from collections.abc import Callable, Sequence
+
+
+def find_stop(
+    decode: Callable[[Sequence[int]], str], token_ids: Sequence[int], first_new: int, strings: Sequence[str]
+) -> tuple[int, str] | None:
+    """The earliest stop string in a thread's text that ends in a new token.
+
+    Args:
+      decode: token ids to text.
+      token_ids: the thread's tokens that may hold a match.
+      first_new: index of the first token that was not looked at before.
+      strings: what to look for; the longest wins where several end in the same token.
+
+    Returns:
+      (number of tokens up to and with the one in which the string is complete, the string), or None.
+    """
+    if not strings:
+        return None
+    # A string of n characters begins at most n tokens back if every token holds a character; special tokens may
+    # hold none, hence the slack.
+    window = 2 * max(len(string) for string in strings) + 8
+    for end in range(first_new + 1, len(token_ids) + 1):
+        start = max(0, end - window)
+        text, before = decode(token_ids[start:end]), decode(token_ids[start : end - 1])
+        found = [s for s in strings if s in text[max(0, len(before) - len(s) + 1) :]]
+        if found:
+            return end, max(found, key=len)
+    return None
