@@ -1,17 +1,52 @@
 """Plain jax.numpy paged attention: the CPU default and the oracle of the accelerators' kernels.
 
-Shared items are read once for all rows, one item a loop iteration; private items go in blocks of R, each against its
-own reader's queries. Both loops run over used items only. A row has one running softmax state over all that it reads,
-so partial results never leave the loop and the plan's partials are not needed here.
+Shared items are read once for all rows, one item a loop iteration. Private items are cut into chunks of about
+CHUNK_TOKENS tokens; those with anything to see go in blocks, each chunk against its own reader's queries. Both loops
+run over what is used only. A row has one running softmax state over all that it reads, so partial results never leave
+the loop and the plan's partials are not needed here.
 
-Letters: R rows, T queries a row, H heads, K KV heads, G = H / K, D head dim, L tokens an item, B items a block.
+What is derived from the plan alone is computed outside the loops: it is the same for every layer, and XLA keeps one.
+Pages without valid tokens are replaced by one that has some, as masking the values themselves (0 x NaN is NaN) would
+cost as much as reading them.
+
+Letters: R rows, T queries a row, H heads, K KV heads, G = H / K, D head dim, P positions a page, C pages an item,
+L tokens an item or chunk, B chunks a block.
 """
 
+from typing import NamedTuple
+
+import jax
 import jax.numpy as jnp
 from jax import lax
 
 from apr_kernels.kv_pages import NULL_PAGE, KVPages
 from apr_kernels.plan import Plan
+
+CHUNK_TOKENS = 64
+
+
+class _State(NamedTuple):
+    """Running softmax of every query: maximum and sum [K, R, T, G], weighted values [K, R, T, G, D]."""
+
+    m: jax.Array
+    l: jax.Array
+    o: jax.Array
+
+
+class _Chunks(NamedTuple):
+    """Private chunks, those with anything to see first.
+
+    Attributes:
+      reader: [n] the row, R where nothing is to be seen.
+      pages: [n, c] safe to read.
+      limit: [n, c] valid slots of each page for query 0.
+      growth: [n] by how much the last query's limit exceeds that; it grows by one a query, up to this.
+    """
+
+    reader: jax.Array
+    pages: jax.Array
+    limit: jax.Array
+    growth: jax.Array
 
 
 def paged_attention(q, kv_pages: KVPages, plan: Plan, tail_len, num_queries):
@@ -19,16 +54,14 @@ def paged_attention(q, kv_pages: KVPages, plan: Plan, tail_len, num_queries):
     num_rows, num_tokens, num_heads, head_dim = q.shape
     num_kv_heads = kv_pages.num_kv_heads
     group = num_heads // num_kv_heads
-    acc_dtype = jnp.promote_types(q.dtype, jnp.float32)
-    q_heads = (q.astype(acc_dtype) * head_dim**-0.5).reshape(num_rows, num_tokens, num_kv_heads, group, head_dim)
+    dtype = jnp.promote_types(q.dtype, jnp.float32)
+    q_heads = (q.astype(dtype) * head_dim**-0.5).reshape(num_rows, num_tokens, num_kv_heads, group, head_dim)
     q_heads = q_heads.transpose(2, 0, 1, 3, 4)  # [K, R, T, G, D]
-    valid_query = jnp.arange(num_tokens) < num_queries[:, None]  # [R, T]
-    # State of the running softmax: maximum, sum [K, R, T, G], and weighted values [K, R, T, G, D].
     shape = q_heads.shape[:-1]
-    state = (jnp.full(shape, -jnp.inf, acc_dtype), jnp.zeros(shape, acc_dtype), jnp.zeros(q_heads.shape, acc_dtype))
+    state = _State(jnp.full(shape, -jnp.inf, dtype), jnp.zeros(shape, dtype), jnp.zeros(q_heads.shape, dtype))
     state = _shared_items(state, q_heads, kv_pages, plan)
-    m, l, o = _private_items(state, q_heads, kv_pages, plan, tail_len, num_queries)
-    sees = valid_query[None, :, :, None] & (l > 0)
+    m, l, o = _private_chunks(state, q_heads, kv_pages, _cut_private(kv_pages, plan, tail_len, num_queries))
+    sees = (jnp.arange(num_tokens) < num_queries[:, None])[None, :, :, None] & (l > 0)
     o = jnp.where(sees[..., None], o / jnp.where(sees, l, 1)[..., None], 0)
     lse = jnp.where(sees, m + jnp.log(jnp.where(sees, l, 1)), -jnp.inf)
     o = o.transpose(1, 2, 0, 3, 4).reshape(q.shape).astype(q.dtype)
@@ -36,96 +69,114 @@ def paged_attention(q, kv_pages: KVPages, plan: Plan, tail_len, num_queries):
 
 
 def _finite(m):
-    """m, with the -inf of rows that have seen nothing replaced: exp(-inf - finite) is 0, not NaN."""
+    """m, with the -inf of queries that have seen nothing replaced: exp(-inf - finite) is 0, not NaN."""
     return jnp.where(m == -jnp.inf, 0, m)
 
 
-def _gather(pages, page_ids, valid, dtype):
-    """Reads pages: page_ids [..., C], valid [..., L] -> [K, ..., L, D], zero where not valid (0 x NaN is NaN)."""
-    tokens = pages.at[:, page_ids].get(mode="clip")  # [K, ..., C, P, D]
-    tokens = tokens.reshape(*tokens.shape[:-3], -1, tokens.shape[-1])
-    return jnp.where(valid[..., None], tokens, 0).astype(dtype)
+def _readable(pages, has_tokens):
+    """pages: [..., c], where those without valid tokens become the chunk's first page that has some."""
+    first = jnp.take_along_axis(pages, jnp.argmax(has_tokens, axis=-1, keepdims=True), axis=-1)
+    return jnp.where(has_tokens, pages, first)
 
 
-def _shared_items(state, q, kv_pages: KVPages, plan: Plan):
+def _gather(pages, page_ids, dtype):
+    """Reads pages [K, N, P, D] at page_ids [..., c]: [K, ..., c * P, D]. Rows of whole pages gather fastest."""
+    num_kv_heads, num_pages, page_size, head_dim = pages.shape
+    head = jnp.arange(num_kv_heads).reshape(-1, *[1] * page_ids.ndim)
+    rows = pages.reshape(-1, page_size * head_dim).at[head * num_pages + page_ids].get(mode="promise_in_bounds")
+    return rows.reshape(num_kv_heads, *page_ids.shape[:-1], -1, head_dim).astype(dtype)
+
+
+def _shared_items(state: _State, q, kv_pages: KVPages, plan: Plan) -> _State:
     if plan.num_shared == 0:
         return state
     num_kv_heads, num_rows = q.shape[:2]
     flat_q = q.reshape(num_kv_heads, -1, q.shape[-1])  # [K, R * T * G, D]
-    used = jnp.sum(plan.rows[: plan.num_shared, 0] < plan.rows[: plan.num_shared, 1])
+    rows, fills = plan.rows[: plan.num_shared], plan.fills[: plan.num_shared]
+    pages = _readable(plan.pages[: plan.num_shared], fills > 0)
+    used = jnp.sum((rows[:, 0] < rows[:, 1]) & (fills > 0).any(-1))
     row = jnp.arange(num_rows)
 
-    def item(w, state):
-        m, l, o = state
-        valid = (jnp.arange(kv_pages.page_size) < plan.fills[w][:, None]).reshape(-1)  # [L]
-        reads = (row >= plan.rows[w, 0]) & (row < plan.rows[w, 1])  # [R]
-        keys = _gather(kv_pages.k, plan.pages[w], valid, q.dtype)
-        values = _gather(kv_pages.v, plan.pages[w], valid, q.dtype)
+    def item(w, state: _State) -> _State:
+        valid = (jnp.arange(kv_pages.page_size) < fills[w][:, None]).reshape(-1)  # [L]
+        reads = (row >= rows[w, 0]) & (row < rows[w, 1])  # [R]
+        keys, values = (_gather(each, pages[w], q.dtype) for each in (kv_pages.k, kv_pages.v))
         scores = jnp.einsum("knd,kld->knl", flat_q, keys).reshape(*q.shape[:-1], -1)  # [K, R, T, G, L]
         visible = reads[:, None] & valid  # [R, L]
         scores = jnp.where(visible[None, :, None, None, :], scores, -jnp.inf)
-        new_m = jnp.maximum(m, scores.max(-1))
-        weights = jnp.exp(scores - _finite(new_m)[..., None])
-        shrink = jnp.exp(m - _finite(new_m))
-        out = jnp.einsum("knl,kld->knd", weights.reshape(*flat_q.shape[:-1], -1), values).reshape(o.shape)
-        return new_m, l * shrink + weights.sum(-1), o * shrink[..., None] + out
+        m = jnp.maximum(state.m, scores.max(-1))
+        weights = jnp.exp(scores - _finite(m)[..., None])
+        shrink = jnp.exp(state.m - _finite(m))
+        out = jnp.einsum("knl,kld->knd", weights.reshape(*flat_q.shape[:-1], -1), values)
+        return _State(m, state.l * shrink + weights.sum(-1), state.o * shrink[..., None] + out.reshape(q.shape))
 
     return lax.fori_loop(0, used, item, state)
 
 
-def _private_items(state, q, kv_pages: KVPages, plan: Plan, tail_len, num_queries):
-    num_private = plan.num_items - plan.num_shared
-    if num_private == 0:
-        return state
+def _cut_private(kv_pages: KVPages, plan: Plan, tail_len, num_queries) -> _Chunks:
+    num_rows, page_size, item_pages = plan.num_rows, kv_pages.page_size, plan.item_pages
+    size = max(c for c in range(1, item_pages + 1) if item_pages % c == 0 and (c == 1 or c * page_size <= CHUNK_TOKENS))
+    rows, pages = plan.rows[plan.num_shared :], plan.pages[plan.num_shared :]
+    tail_slot, tail_offset = plan.tail_slot[plan.num_shared :], plan.tail_offset[plan.num_shared :]
+    is_tail, reader = tail_slot >= 0, rows[:, 0]
+    # A tail's key tail_len + t is written, and seen from query t on, where t < num_queries.
+    growth = jnp.where(is_tail, num_queries.at[reader].get(mode="clip") - 1, 0)
+    page_offset = tail_offset[:, None] + jnp.arange(item_pages) * page_size
+    limit = tail_len.at[tail_slot].get(mode="clip")[:, None] + 1 - page_offset
+    limit = jnp.where(is_tail[:, None], limit, plan.fills[plan.num_shared :])
+    is_read = (rows[:, 0] < rows[:, 1])[:, None] & (pages != NULL_PAGE)
+    has_tokens = is_read & (limit + growth[:, None] > 0)
+    limit = jnp.where(has_tokens, limit, jnp.iinfo(jnp.int32).min // 2)
+
+    def cut(array):
+        if array.ndim == 1:
+            return jnp.repeat(array, item_pages // size)
+        return array.reshape(-1, size)
+
+    has_tokens = cut(has_tokens)
+    used = has_tokens.any(-1)
+    chunks = _Chunks(
+        reader=jnp.where(used, cut(reader), num_rows),
+        pages=_readable(cut(pages), has_tokens),
+        limit=cut(limit),
+        growth=cut(growth),
+    )
+    order = jnp.argsort(~used, stable=True)
+    return jax.tree.map(lambda array: array[order], chunks)
+
+
+def _private_chunks(state: _State, q, kv_pages: KVPages, chunks: _Chunks) -> _State:
     num_kv_heads, num_rows, num_tokens = q.shape[:3]
-    block = min(num_rows, num_private)
-    pad = -num_private % block
+    total = chunks.reader.shape[0]
+    if total == 0:
+        return state
+    block = min(2 * num_rows, total)
+    num_blocks = (jnp.sum(chunks.reader < num_rows) + block - 1) // block
+    chunks = jax.tree.map(lambda a: jnp.pad(a, [(0, -total % block)] + [(0, 0)] * (a.ndim - 1)), chunks)
+    chunks = chunks._replace(reader=jnp.where(jnp.arange(chunks.reader.shape[0]) < total, chunks.reader, num_rows))
 
-    def private(array):
-        return jnp.pad(array[plan.num_shared :], [(0, pad)] + [(0, 0)] * (array.ndim - 1))
-
-    rows, pages, fills = private(plan.rows), private(plan.pages), private(plan.fills)
-    tail_slot, tail_offset = private(plan.tail_slot), private(plan.tail_offset)
-    is_used = rows[:, 0] < rows[:, 1]
-    reader = jnp.where(is_used, rows[:, 0], num_rows)
-    own_len = tail_len.at[tail_slot].get(mode="clip")
-    last_query = num_queries.at[reader].get(mode="clip") - 1  # keys beyond are not written, and may be NaN
-    # Valid tokens of each page, at query 0; a tail's count grows by one with each query.
-    page_offset = tail_offset[:, None] + jnp.arange(plan.item_pages) * kv_pages.page_size
-    is_tail = tail_slot >= 0
-    slots = jnp.where(is_tail[:, None], own_len[:, None] + 1 - page_offset, fills)
-    slots = jnp.where((pages == NULL_PAGE) | ~is_used[:, None], -num_tokens, slots)  # [W', C]
-    num_blocks = (jnp.sum(is_used) + block - 1) // block
-
-    def step(i, state):
-        m, l, o = state
-
-        def part(array):
-            return lax.dynamic_slice_in_dim(array, i * block, block)
-
-        grows = jnp.minimum(jnp.arange(num_tokens), part(last_query)[:, None])
-        grows = jnp.where(part(is_tail)[:, None], grows, 0)  # [B, T]
-        limit = part(slots)[:, None, :, None] + grows[:, :, None, None]  # [B, T, C, 1]
-        visible = jnp.arange(kv_pages.page_size) < limit
+    def step(i, state: _State) -> _State:
+        part = jax.tree.map(lambda array: lax.dynamic_slice_in_dim(array, i * block, block), chunks)
+        growth = jnp.minimum(jnp.arange(num_tokens), part.growth[:, None])  # [B, T]
+        visible = jnp.arange(kv_pages.page_size) < (part.limit[:, None] + growth[:, :, None])[..., None]
         visible = visible.reshape(block, num_tokens, -1)  # [B, T, L]
-        valid = visible[:, -1]
-        keys = _gather(kv_pages.k, part(pages), valid, q.dtype)  # [K, B, L, D]
-        values = _gather(kv_pages.v, part(pages), valid, q.dtype)
-        member = part(reader)[None, :] == jnp.arange(num_rows)[:, None]  # [R, B]
-        own_q = q.at[:, part(reader)].get(mode="clip").reshape(num_kv_heads, block, -1, q.shape[-1])
+        keys, values = (_gather(each, part.pages, q.dtype) for each in (kv_pages.k, kv_pages.v))  # [K, B, L, D]
+        own_q = q.at[:, part.reader].get(mode="clip").reshape(num_kv_heads, block, -1, q.shape[-1])
         scores = jnp.einsum("kbnd,kbld->kbnl", own_q, keys).reshape(num_kv_heads, block, *q.shape[2:-1], -1)
         scores = jnp.where(visible[None, :, :, None, :], scores, -jnp.inf)  # [K, B, T, G, L]
-        item_m = scores.max(-1)  # [K, B, T, G]
-        weights = jnp.exp(scores - _finite(item_m)[..., None])
-        item_l = weights.sum(-1)
-        item_o = jnp.einsum("kbnl,kbld->kbnd", weights.reshape(*own_q.shape[:-1], -1), values)
-        # Merge the block's items into their readers' states.
-        spread = jnp.where(member[None, :, :, None, None], item_m[:, None], -jnp.inf)  # [K, R, B, T, G]
-        new_m = jnp.maximum(m, spread.max(2))
-        factor = jnp.exp(spread - _finite(new_m)[:, :, None])
-        shrink = jnp.exp(m - _finite(new_m))
-        new_l = l * shrink + (factor * item_l[:, None]).sum(2)
-        out = jnp.einsum("krbtg,kbtgd->krtgd", factor, item_o.reshape(num_kv_heads, block, *q.shape[2:]))
-        return new_m, new_l, o * shrink[..., None] + out
+        chunk_m = scores.max(-1)  # [K, B, T, G]
+        weights = jnp.exp(scores - _finite(chunk_m)[..., None])
+        out = jnp.einsum("kbnl,kbld->kbnd", weights.reshape(*own_q.shape[:-1], -1), values)
+        # Merge the block's chunks into their readers' states.
+        member = part.reader == jnp.arange(num_rows)[:, None]  # [R, B]
+        spread = jnp.where(member[None, :, :, None, None], chunk_m[:, None], -jnp.inf)  # [K, R, B, T, G]
+        m = jnp.maximum(state.m, spread.max(2))
+        factor = jnp.exp(spread - _finite(m)[:, :, None])
+        shrink = jnp.exp(state.m - _finite(m))
+        l = state.l * shrink + (factor * weights.sum(-1)[:, None]).sum(2)
+        out = out.reshape(num_kv_heads, 1, block, *q.shape[2:])
+        used = (part.reader < num_rows)[None, None, :, None, None, None]
+        out = jnp.where(used, factor[..., None] * out, 0).sum(2)
+        return _State(m, l, state.o * shrink[..., None] + out)
 
     return lax.fori_loop(0, num_blocks, step, state)
