@@ -30,7 +30,7 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, dtype=jnp.float32, rngs: nnx.Rngs):
         check(
-            jnp.dtype(dtype) != jnp.float64 or bool(jax.config.jax_enable_x64),
+            jnp.dtype(dtype) != jnp.float64 or jax.dtypes.canonicalize_dtype(dtype) == jnp.float64,
             "dtype is float64, which needs jax_enable_x64 (JAX would silently compute in float32)",
         )
         self.config = config
@@ -71,6 +71,11 @@ class Decoder(nnx.Module):
                 x, cache = layer(x, table, cache, attend)
             new_caches.append(cache)
         return self.final_norm(x), new_caches
+
+    @property
+    def num_params(self) -> int:
+        """Numbers in all parameters."""
+        return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(self, nnx.Param)))
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Maps hidden: [..., D] to logits [..., V] in float32, or float64 when the decoder is."""

@@ -18,9 +18,8 @@ def accumulation_dtype(dtype) -> jnp.dtype:
 
 def matmul_precision(dtype) -> jax.lax.Precision | None:
     """float32 products are exact on every backend (no TF32), unless the caller set JAX's default."""
-    if jnp.dtype(dtype) == jnp.float32 and jax.config.jax_default_matmul_precision is None:
-        return jax.lax.Precision.HIGHEST
-    return None
+    chosen = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
+    return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 and chosen is None else None
 
 
 class Linear(nnx.Module):
