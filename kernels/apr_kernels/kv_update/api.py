@@ -43,5 +43,6 @@ def kv_update(kv_pages: KVPages, k, v, plan: Plan, tail_len, num_queries) -> KVP
         if array.ndim != 4 or array.shape != expected:
             raise ValueError(f"{name} has shape {array.shape}, must be {expected}")
     check_call(kv_pages, plan, tail_len, num_queries, k.shape[0])
+    k, v, plan, tail_len, num_queries = jax.tree.map(jnp.asarray, (k, v, plan, tail_len, num_queries))
     with jax.named_scope("kv_update"):
         return reference.kv_update(kv_pages, k, v, plan, tail_len, num_queries)

@@ -36,5 +36,6 @@ def paged_attention(q, kv_pages: KVPages, plan: Plan, tail_len, num_queries):
     if q.shape[2] % kv_pages.num_kv_heads:
         raise ValueError(f"q has {q.shape[2]} heads, must be a multiple of {kv_pages.num_kv_heads} KV heads")
     check_call(kv_pages, plan, tail_len, num_queries, q.shape[0])
+    q, plan, tail_len, num_queries = jax.tree.map(jnp.asarray, (q, plan, tail_len, num_queries))
     with jax.named_scope("paged_attention"):
         return reference.paged_attention(q, kv_pages, plan, tail_len, num_queries)

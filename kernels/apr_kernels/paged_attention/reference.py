@@ -174,9 +174,8 @@ def _private_chunks(state: _State, q, kv_pages: KVPages, chunks: _Chunks) -> _St
         factor = jnp.exp(spread - _finite(m)[:, :, None])
         shrink = jnp.exp(state.m - _finite(m))
         l = state.l * shrink + (factor * weights.sum(-1)[:, None]).sum(2)
-        out = out.reshape(num_kv_heads, 1, block, *q.shape[2:])
-        used = (part.reader < num_rows)[None, None, :, None, None, None]
-        out = jnp.where(used, factor[..., None] * out, 0).sum(2)
+        out = jnp.where((part.reader < num_rows)[None, :, None, None], out, 0)
+        out = jnp.einsum("krbtg,kbtgd->krtgd", factor, out.reshape(num_kv_heads, block, *q.shape[2:]))
         return _State(m, l, state.o * shrink[..., None] + out)
 
     return lax.fori_loop(0, num_blocks, step, state)
