@@ -39,7 +39,7 @@ class _Loop:
 
     Attributes:
       step: i32[] steps taken. tail_len: i32[S]. token, position: i32[R] to be fed next.
-      num_fed, budget, num_sampled: i32[R]. active, draining: bool[R]. seen: bool[R, V] or [R, 1] where unused.
+      num_fed, budget, num_sampled: i32[R]. active, draining: bool[R]. seen: bool[R, V].
       tokens: i32[R, K]; logprobs: f32[R, K].
     """
 
@@ -77,6 +77,7 @@ class Runner:
         self.num_compiles = 0
         self.num_dispatches = 0
         self.num_fetches = 0
+        self._unseen: dict[int, jax.Array] = {}
         if engine_config.compile_cache_dir is not None:
             os.makedirs(engine_config.compile_cache_dir, exist_ok=True)
             jax.config.update("jax_compilation_cache_dir", engine_config.compile_cache_dir)
@@ -97,7 +98,7 @@ class Runner:
         # XLA's GPU while loop asks the host at every iteration unless the trip count is known.
         self.early_exit = jax.default_backend() != "gpu"
         self._prefill = jax.jit(self._prefill_fn, donate_argnums=1)
-        self._decode = jax.jit(self._decode_fn, donate_argnums=1, static_argnames="penalties")
+        self._decode = jax.jit(self._decode_fn, donate_argnums=1)
         self._read = jax.jit(self._read_fn)
         self._write = jax.jit(self._write_fn, donate_argnums=0)
         logger.info(
@@ -132,10 +133,9 @@ class Runner:
             [ints, batch.key.view(np.int32), batch.forced, batch.stop_ids, batch.drain, batch.banned_ids], axis=1
         ).astype(np.int32)
         floats = np.stack([getattr(batch, name) for name in _FLOATS], axis=1)
-        penalties = batch.seen is not None
-        seen = batch.seen if batch.seen is not None else np.zeros((len(ints), 1), bool)
+        seen = self._nothing_seen(len(ints)) if batch.seen is None else batch.seen
         self.pages, packed = self._decode(
-            self.params, self.pages, batch.plan, batch.tail_len, ints, floats, seen, penalties=penalties
+            self.params, self.pages, batch.plan, batch.tail_len, ints, floats, seen
         )
         num_steps = self.config.steps_per_dispatch
         fetched = np.asarray(packed)
@@ -144,6 +144,12 @@ class Runner:
             logprobs=fetched[:, num_steps : 2 * num_steps].copy().view(np.float32),
             num_fed=fetched[:, 2 * num_steps],
         )
+
+    def _nothing_seen(self, num_rows: int) -> jax.Array:
+        """bool[R, V] of False that stays on the device: most batches have no penalty to count for."""
+        if num_rows not in self._unseen:
+            self._unseen[num_rows] = jax.device_put(np.zeros((num_rows, self.vocab_size), bool))
+        return self._unseen[num_rows]
 
     def read_pages(self, page_ids: Sequence[int]) -> list[list[np.ndarray]]:
         """Copies pages to host memory: one list of arrays [n, ...] a layer."""
@@ -186,7 +192,7 @@ class Runner:
         with jax.named_scope("prefill"):
             return self._forward(params, pages, plan, tail_len, tokens, positions, num_queries)[2]
 
-    def _decode_fn(self, params, pages, plan: Plan, tail_len, ints, floats, seen, *, penalties: bool):
+    def _decode_fn(self, params, pages, plan: Plan, tail_len, ints, floats, seen):
         self.num_compiles += 1
         num_steps, num_stops = self.config.steps_per_dispatch, self.config.max_stop_ids
         row = dict(zip(_INTS, ints.T[: len(_INTS)], strict=True))
@@ -229,9 +235,7 @@ class Runner:
             draining = jnp.any(hits & (drain != 0), axis=1)
             budget = loop.budget - takes.astype(jnp.int32)
             goes_on = is_forced | (takes & ~stops & (budget > 0)) | draining
-            seen = loop.seen
-            if penalties:
-                seen = seen.at[rows, jnp.where(takes, sampled, self.vocab_size)].set(True, mode="drop")
+            counted = jnp.where(takes, sampled, self.vocab_size)
             return _Loop(
                 step=loop.step + 1,
                 pages=pages,
@@ -243,7 +247,7 @@ class Runner:
                 num_sampled=loop.num_sampled + takes.astype(jnp.int32),
                 active=loop.active & goes_on & (num_fed < row["capacity"]),
                 draining=draining,
-                seen=seen,
+                seen=loop.seen.at[rows, counted].set(True, mode="drop"),
                 tokens=loop.tokens.at[:, loop.step].set(jnp.where(takes, sampled, PADDING_ID)),
                 logprobs=loop.logprobs.at[:, loop.step].set(jnp.where(takes, logprobs, 0.0)),
             )
