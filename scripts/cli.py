@@ -22,6 +22,7 @@ def run(main: Callable[[], None]) -> None:
     keeps its traceback.
     """
     flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS["profile_dir"])
+    logging.get_absl_handler().addFilter(_is_worth_reading)
 
     def guarded(argv: list[str]) -> int:
         try:
@@ -44,6 +45,11 @@ def profile() -> Iterator[None]:
         return
     with jax.profiler.trace(_PROFILE_DIR.value):
         yield
+
+
+def _is_worth_reading(record) -> bool:
+    """Drops what JAX and orbax tell of every step they take; their warnings stay."""
+    return record.levelname != "INFO" or not any(name in record.pathname for name in ("/jax/", "/orbax/"))
 
 
 def _parse(argv: Sequence[str]) -> list[str]:

@@ -29,7 +29,7 @@ def main() -> None:
     source = checkpoint_directory(Path(_SOURCE.value).expanduser())
     with cli.profile():
         decoder = load_decoder(source, _DTYPE.value)
-        export_hf(decoder, output, source)
+        export_hf(output, decoder, source)
     print(f"{output}: {decoder.config.architecture}, {decoder.num_params:,} parameters, {decoder.dtype}")
 
 

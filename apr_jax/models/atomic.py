@@ -7,6 +7,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+PARTIAL_SUFFIX = ".partial"
+
 
 @contextlib.contextmanager
 def new_directory(directory: str | Path, needed_bytes: int = 0) -> Iterator[Path]:
@@ -25,7 +27,7 @@ def new_directory(directory: str | Path, needed_bytes: int = 0) -> Iterator[Path
     """
     directory = Path(os.path.abspath(directory))
     check_new_directory(directory)
-    partial = directory.parent / f".{directory.name}.partial"
+    partial = directory.parent / f".{directory.name}{PARTIAL_SUFFIX}"
     directory.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(partial, ignore_errors=True)
     free = shutil.disk_usage(directory.parent).free

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from apr_jax.config import ModelConfig, RopeConfig, check
-from apr_jax.models.atomic import new_directory
+from apr_jax.models.atomic import PARTIAL_SUFFIX, new_directory
 from apr_jax.models.decoder import Decoder
 from apr_jax.models.hf import copy_tokenizer, load_hf
 from apr_jax.models.params import build_decoder, named_params, param_shapes
@@ -95,6 +95,7 @@ def checkpoint_directory(path: str | Path) -> Path:
     directory = Path(path)
     known = f"expected a directory or a preset ({', '.join(presets) or 'none installed'})"
     check(directory.is_dir(), f"no checkpoint {str(path)!r}: {known}")
+    check(directory.suffix != PARTIAL_SUFFIX, f"{directory} is no checkpoint: writing it was interrupted")
     check(
         (directory / CONFIG_FILE).is_file() or (directory / "config.json").is_file(),
         f"{directory} is no checkpoint: it holds neither {CONFIG_FILE} nor config.json",
@@ -138,8 +139,8 @@ def _check_params(path: Path, found: dict[str, tuple[int, ...]], expected: dict[
             found[name] == array.shape,
             f"{path}: parameter {name} has shape {list(found[name])}, expected {list(array.shape)}",
         )
-    unexpected = sorted(found.keys() - expected.keys())
-    check(not unexpected, f"{path}: parameter {unexpected[:1]} is unexpected")
+    for name in found.keys() - expected.keys():
+        raise ValueError(f"{path}: parameter {name} of shape {list(found[name])} is unexpected")
 
 
 def _read_config(path: Path) -> tuple[ModelConfig, str]:

@@ -46,8 +46,8 @@ def load_hf(directory: str | Path, dtype=None) -> Decoder:
 
 
 def export_hf(
-    decoder: Decoder,
     directory: str | Path,
+    decoder: Decoder,
     tokenizer_source: str | Path | ByteTokenizer | None = None,
     *,
     max_shard_bytes: int = 5_000_000_000,
@@ -55,8 +55,8 @@ def export_hf(
     """Writes a decoder as a Hugging Face directory that transformers loads. It appears whole or not at all.
 
     Args:
-      decoder: written in its own dtype.
       directory: must not exist, or be empty.
+      decoder: written in its own dtype.
       tokenizer_source: the directory that the tokenizer's files are copied from, or a ByteTokenizer.
       max_shard_bytes: above it the weights are written as several files with an index.
 

@@ -2,12 +2,12 @@
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-from flax import nnx
+import numpy as np
 
 from apr_jax.config import ModelConfig
 from apr_jax.models.decoder import Decoder
+from apr_jax.models.params import build_decoder, param_shapes
 from apr_jax.tokenizers import ByteTokenizer
 
 MULTIVERSE_TAGS = tuple(
@@ -47,16 +47,14 @@ def tiny_decoder(config: ModelConfig | None = None, seed: int = 0, dtype=jnp.flo
     depend on dtype: a narrower one rounds them.
     """
     config = config or tiny_config()
-    decoder = nnx.eval_shape(lambda: Decoder(config, dtype=dtype, rngs=nnx.Rngs(0)))
-    graph, state = nnx.split(decoder)
-    leaves, treedef = jax.tree.flatten(state)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    drawn = [_draw(key, leaf.shape).astype(dtype) for key, leaf in zip(keys, leaves, strict=True)]
-    return nnx.merge(graph, jax.tree.unflatten(treedef, drawn))
+    rng = np.random.default_rng(seed)
+    shapes = param_shapes(config, dtype)
+    drawn = {name: _draw(rng, shape.shape).astype(shape.dtype) for name, shape in shapes.items()}
+    return build_decoder(config, dtype, lambda name: jnp.asarray(drawn[name]))
 
 
-def _draw(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    noise = jax.random.normal(key, shape, jnp.float32)
+def _draw(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    noise = rng.standard_normal(shape, np.float32)
     if len(shape) == 1:  # norm scales and biases
         return 1.0 + 0.3 * noise
-    return noise * 1.7 * min(shape) ** -0.5
+    return noise * np.float32(1.7 * min(shape) ** -0.5)

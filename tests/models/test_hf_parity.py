@@ -66,7 +66,7 @@ def test_family_equals_transformers(tmp_path, family):
 
     # There and back: convert, read the checkpoint, export it, and let transformers load that.
     save_checkpoint(tmp_path / "own", stored)
-    export_hf(load_decoder(tmp_path / "own"), tmp_path / "back", max_shard_bytes=100_000)
+    export_hf(tmp_path / "back", load_decoder(tmp_path / "own"), max_shard_bytes=100_000)
     assert (tmp_path / "back" / "model.safetensors.index.json").exists()
     returned = load_reference(tmp_path / "back")
     assert returned.config.architectures == reference.config.architectures
