@@ -179,8 +179,8 @@ class ByteTokenizer:
             len(set(special_pieces)) == len(special_pieces), f"special pieces repeat: {list(special_pieces)}"
         )
         self.special_pieces = tuple(special_pieces)
-        self.bos_id = 256
-        self.eos_ids = (257,)
+        self.bos_id: int | None = 256
+        self.eos_ids: tuple[int, ...] = (257,)
         self._added = _AddedPieces({piece: 258 + i for i, piece in enumerate(special_pieces)})
         self._texts = {i: bytes([i]) for i in range(256)} | {256: b"", 257: b""}
         self._texts.update({i: piece.encode() for piece, i in self._added.ids.items()})
