@@ -1,0 +1,163 @@
+"""The supervised run: schedule, steps, evaluation, checkpoints, log. Resumes from its working directory."""
+
+import dataclasses
+import json
+import pathlib
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import optax
+from flax import nnx
+
+from apr_jax.models.decoder import Decoder
+from apr_jax.train.data import ChunkReader, ChunkStore
+from apr_jax.train.state import Checkpoints, TrainState
+from apr_jax.train.supervised import make_train_step
+
+Metrics = dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW with warm-up and cosine decay; "muon" uses Muon for the matrices inside layers and AdamW for the rest."""
+
+    name: str = "adamw"
+    learning_rate: float = 3e-3
+    muon_learning_rate: float = 0.02
+    final_share: float = 0.01
+    warmup_steps: int = 100
+    num_steps: int = 1000
+    beta2: float = 0.98
+    weight_decay: float = 0.01
+    clip_norm: float = 1.0
+
+    def __post_init__(self):
+        if self.name not in ("adamw", "muon"):
+            raise ValueError(f"optimizer is {self.name!r}, must be 'adamw' or 'muon'")
+        if not 0 <= self.warmup_steps < self.num_steps:
+            raise ValueError(f"warmup_steps is {self.warmup_steps}, must be in [0, num_steps = {self.num_steps})")
+
+    def build(self) -> optax.GradientTransformation:
+        def schedule(peak: float):
+            return optax.warmup_cosine_decay_schedule(
+                0.0, peak, self.warmup_steps, self.num_steps, peak * self.final_share
+            )
+
+        if self.name == "adamw":
+            inner = optax.adamw(schedule(self.learning_rate), b2=self.beta2, weight_decay=self.weight_decay)
+        else:
+            inner = optax.contrib.muon(
+                schedule(self.muon_learning_rate),
+                weight_decay=self.weight_decay,
+                adam_b2=self.beta2,
+                adam_weight_decay=self.weight_decay,
+                adam_learning_rate=schedule(self.learning_rate),
+                muon_weight_dimension_numbers=_inner_matrices,
+            )
+        return optax.chain(optax.clip_by_global_norm(self.clip_norm), inner)
+
+
+def _inner_matrices(params: Any) -> Any:
+    """Muon's dimension numbers for every matrix but the embedding, None elsewhere."""
+
+    def choose(path, leaf):
+        name = jax.tree_util.keystr(path)
+        return optax.contrib.MuonDimensionNumbers() if leaf.ndim == 2 and "embedding" not in name else None
+
+    return jax.tree_util.tree_map_with_path(choose, params)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """How often things happen, in steps."""
+
+    log_every: int = 20
+    eval_every: int = 500
+    checkpoint_every: int = 200
+    keep_checkpoints: int = 3
+    num_workers: int = 1
+
+
+class TrainLog:
+    """JSON lines, one a record; reopening drops what a killed run wrote after the step it resumes from."""
+
+    def __init__(self, path: pathlib.Path, resumed_step: int):
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= resumed_step]
+        path.write_text("".join(kept))
+        self._file = path.open("a")
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def train(
+    decoder: Decoder,
+    store: ChunkStore,
+    workdir: pathlib.Path,
+    optimizer_config: OptimizerConfig,
+    loop: LoopConfig,
+    *,
+    evaluate: Callable[[Decoder], Metrics] | None = None,
+    on_record: Callable[[Mapping[str, Any]], None] = lambda record: None,
+    on_step: Callable[[int], None] = lambda step: None,
+    stop_at: int | None = None,
+) -> Decoder:
+    """Trains until `optimizer_config.num_steps`, going on from the newest checkpoint in `workdir`.
+
+    Args:
+      decoder: initial weights; used up.
+      evaluate: held-out metrics of a decoder, called every `eval_every` steps and at the end.
+      on_record: gets every log record (also written to `workdir/log.jsonl`); on_step: every step's number.
+      stop_at: end early after this step, with a checkpoint, as if interrupted there.
+
+    Returns: the trained decoder.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    optimizer = optimizer_config.build()
+    graphdef, params = nnx.split(decoder)
+    state = TrainState(params, optimizer.init(params))
+    checkpoints = Checkpoints(workdir / "checkpoints", loop.keep_checkpoints)
+    if checkpoints.latest_step() is not None:
+        state = checkpoints.restore(graphdef, state)
+    log = TrainLog(workdir / "log.jsonl", state.step)
+    update = make_train_step(graphdef, optimizer)
+    last_step = min(optimizer_config.num_steps, stop_at or optimizer_config.num_steps)
+    num_tokens, since = 0.0, time.monotonic()
+
+    def record(values: Mapping[str, Any]) -> None:
+        log.write({"step": state.step, **values})
+        on_record({"step": state.step, **values})
+
+    with ChunkReader(store, first=state.chunk, num_workers=loop.num_workers) as reader:
+        steps = reader.load(state.chunk) if state.step < last_step else []
+        while state.step < last_step:
+            if state.offset >= len(steps):
+                state.chunk, state.offset = state.chunk + 1, 0
+                steps = reader.load(state.chunk)
+                continue
+            with jax.profiler.StepTraceAnnotation("train", step_num=state.step):
+                state.params, state.opt_state, metrics = update(state.params, state.opt_state, steps[state.offset])
+                num_tokens += float(metrics["num_tokens"])
+            state.step, state.offset = state.step + 1, state.offset + 1
+            on_step(state.step)
+            if state.step % loop.log_every == 0 or state.step == last_step:
+                now = time.monotonic()
+                values = {name: round(float(value), 5) for name, value in metrics.items()}
+                record({**values, "tokens_per_s": round(num_tokens / (now - since)), "time": round(time.time(), 1)})
+                num_tokens, since = 0.0, now
+            finished = state.step == optimizer_config.num_steps
+            if evaluate is not None and (state.step % loop.eval_every == 0 or finished):
+                record({"held_out": evaluate(nnx.merge(graphdef, state.params))})
+                since = time.monotonic()
+            if state.step % loop.checkpoint_every == 0 or state.step == last_step:
+                checkpoints.save(graphdef, state)
+    checkpoints.close()
+    log.close()
+    return nnx.merge(graphdef, state.params)

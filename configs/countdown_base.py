@@ -1,0 +1,39 @@
+"""The embedded model: 0.8M parameters, about 100 minutes on one CPU core."""
+
+from ml_collections import config_dict
+
+
+def get_config() -> config_dict.ConfigDict:
+    config = config_dict.ConfigDict()
+    config.seed = 0
+    config.wave_embeddings = True  # start number embeddings from waves, see tasks/countdown_features.py
+    config.model = config_dict.create(
+        d_model=128, num_layers=4, num_heads=2, num_kv_heads=1, head_dim=64, d_ff=384, max_position=2048
+    )
+    config.samples = config_dict.create(
+        seed=0,
+        held_out_seed=1,
+        num_held_out=500,
+        max_len=1152,
+        keep_easy=0.5,
+        parallel_share=0.5,
+        conclusion_share=0.25,
+    )
+    # row length -> rows a step: about 3,200 tokens, filled to 85%
+    config.data = config_dict.create(chunk_size=1000, short_len=512, short_rows=3, long_len=1152, long_rows=2)
+    config.optimizer = config_dict.create(
+        name="adamw",
+        learning_rate=3e-3,
+        muon_learning_rate=0.02,
+        final_share=0.01,
+        warmup_steps=100,
+        num_steps=5000,
+        beta2=0.98,
+        weight_decay=0.01,
+        clip_norm=1.0,
+    )
+    config.loop = config_dict.create(
+        log_every=20, eval_every=400, checkpoint_every=150, keep_checkpoints=3, num_workers=1
+    )
+    config.num_eval_problems = 100
+    return config

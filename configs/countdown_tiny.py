@@ -1,0 +1,18 @@
+"""The base recipe made tiny: a run of seconds, to try the trainer."""
+
+from ml_collections import config_dict
+
+from configs import countdown_base
+
+
+def get_config() -> config_dict.ConfigDict:
+    config = countdown_base.get_config()
+    config.wave_embeddings = False
+    config.model.update(d_model=32, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=16, d_ff=64)
+    config.samples.num_held_out = 20
+    config.samples.max_len = 512
+    config.data.update(chunk_size=24, short_len=128, short_rows=2, long_len=512, long_rows=1)
+    config.optimizer.update(warmup_steps=2, num_steps=20)
+    config.loop.update(log_every=5, eval_every=10, checkpoint_every=5, num_workers=0)
+    config.num_eval_problems = 4
+    return config

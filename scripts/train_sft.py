@@ -1,0 +1,102 @@
+"""Trains a Countdown model on whole reasoning trees; goes on where a killed run stopped.
+
+    python scripts/train_sft.py --config=configs/countdown_tiny.py --workdir=/tmp/tiny
+    python scripts/train_sft.py --config=configs/countdown_base.py --workdir=/tmp/base --config.optimizer.num_steps=8000
+
+The working directory gets `log.jsonl`, `checkpoints/`, `data/` (chunks made ahead by worker processes) and, when
+the run is done, `model/`, a Hugging Face directory for `generate.py --checkpoint`.
+"""
+
+import contextlib
+import pathlib
+import sys
+
+import cli
+import jax.numpy as jnp
+import rich.progress
+from absl import flags
+from flax import nnx
+from ml_collections import config_flags
+
+from apr_jax.config import ModelConfig
+from apr_jax.models.decoder import Decoder
+from apr_jax.tasks.countdown_features import initial_embedding
+from apr_jax.tasks.countdown_format import BOS, EOS, vocabulary
+from apr_jax.train.countdown_data import PAD_ID, PIECE_IDS, CountdownSamples
+from apr_jax.train.data import ChunkStore
+from apr_jax.train.held_out import teacher_forced
+from apr_jax.train.loop import LoopConfig, OptimizerConfig, train
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "The run's settings, one of configs/*.py.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; an existing run is resumed.")
+
+
+def build_decoder(config) -> Decoder:
+    """The untrained decoder of a config."""
+    model = ModelConfig(
+        vocab_size=len(vocabulary()),
+        tie_embeddings=True,
+        bos_id=PIECE_IDS[BOS],
+        eos_ids=(PIECE_IDS[EOS],),
+        **config.model,
+    )
+    decoder = Decoder(model, rngs=nnx.Rngs(config.seed))
+    if config.wave_embeddings:
+        decoder.embedding[...] = jnp.asarray(initial_embedding(model.d_model, config.seed))
+    return decoder
+
+
+def build_store(config, samples: CountdownSamples, workdir: pathlib.Path) -> ChunkStore:
+    """The run's training data."""
+    data = config.data
+    return ChunkStore(
+        workdir / "data",
+        samples,
+        chunk_size=data.chunk_size,
+        rows_per_step={data.short_len: data.short_rows, data.long_len: data.long_rows},
+        pad_id=PAD_ID,
+    )
+
+
+@contextlib.contextmanager
+def progress(num_steps: int):
+    """Gives (on_step, on_record): a bar in a terminal, plain lines elsewhere."""
+    if not sys.stdout.isatty():
+        yield (lambda step: None), (lambda record: print(record, flush=True))
+        return
+    columns = (*rich.progress.Progress.get_default_columns(), rich.progress.TextColumn("{task.fields[note]}"))
+    with rich.progress.Progress(*columns) as bar:
+        task = bar.add_task("training", total=num_steps, note="")
+
+        def on_record(record):
+            if "loss" in record:
+                bar.update(task, note=f"loss {record['loss']:.4f}  {record['tokens_per_s']:,} tokens/s")
+            else:
+                bar.console.print(record)
+
+        yield (lambda step: bar.update(task, completed=step)), on_record
+
+
+def main() -> None:
+    if _CONFIG.value is None or _WORKDIR.value is None:
+        raise ValueError("--config=configs/NAME.py and --workdir=DIR are needed")
+    config, workdir = _CONFIG.value, pathlib.Path(_WORKDIR.value)
+    samples = CountdownSamples(**config.samples)
+    optimizer = OptimizerConfig(**config.optimizer)
+    held_out = samples.held_out()[: config.num_eval_problems]
+    with cli.profile(), progress(optimizer.num_steps) as (on_step, on_record):
+        decoder = train(
+            build_decoder(config),
+            build_store(config, samples, workdir),
+            workdir,
+            optimizer,
+            LoopConfig(**config.loop),
+            evaluate=teacher_forced(held_out),
+            on_record=on_record,
+            on_step=on_step,
+        )
+    print(f"trained {decoder.num_params:,} parameters for {optimizer.num_steps:,} steps")
+
+
+if __name__ == "__main__":
+    cli.run(main)
