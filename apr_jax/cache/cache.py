@@ -7,7 +7,7 @@ Ownership: a segment holds its pages, contexts and the radix tree hold segments.
 segment is held by a context) or cached (held by the tree alone): `check` recounts all three.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from apr_jax.cache.context import Context, Segment
@@ -82,22 +82,18 @@ class KVCache:
 
         Args:
           parent: its tail is sealed; the next one starts at next_position.
-          parts: for each child the segments wanted, in order.
+          parts: for each child the segments wanted, in order. A segment may come in several of them.
           next_position: of the parent's next token.
 
         Raises:
-          ValueError: a segment is open, or is already in the context; nothing has changed.
+          ValueError: a segment is open; nothing has changed.
         """
         wanted = [segment for part in parts for segment in part if segment.token_ids]
-        held = {segment.id for segment in parent.segments}
         for segment in wanted:
             if not segment.sealed:
                 raise ValueError(f"segment {segment.id} is open: seal a child before it is joined")
-            if segment.id in held:
-                raise ValueError(f"segment {segment.id} is in the context already")
-            held.add(segment.id)
         self.seal(parent)
-        for segment in wanted:
+        for segment in _resolve(wanted):
             parent.causal = parent.causal and segment.previous_id == _last_id(parent)
             self._hold(parent, segment)
         end = parent.segments[-1].end_position if parent.segments else parent.start_position
@@ -311,8 +307,6 @@ class KVCache:
         refs: dict[int, int] = {}
         for context in self._contexts.values():
             assert all(segment.sealed for segment in context.segments[:-1]), "an open segment is not the last"
-            ids = [segment.id for segment in context.segments]
-            assert len(set(ids)) == len(ids), "a context holds a segment twice"
             for segment in context.segments:
                 refs[segment.id] = refs.get(segment.id, 0) + 1
         segments = {segment.id: segment for segment in self._live_segments()}
@@ -377,15 +371,23 @@ class KVCache:
         before = context.segments[:-1]
         return before[-1].node if before else self._tree.root(context.start_position)
 
-    def _replace_split(self, first: Segment, second: Segment) -> None:
+    def _replace_split(self, segment: Segment) -> None:
         for context in self._contexts.values():
-            if second in context.segments:
-                at = context.segments.index(second)
-                context.segments.insert(at, first)
-                first.refs += 1
-                context.fork_index += at < context.fork_index
-                if context.mark_index is not None:
-                    context.mark_index += at < context.mark_index
+            if segment not in context.segments:
+                continue
+            before = context.segments
+            context.segments = _resolve(before)
+            context.fork_index += before[: context.fork_index].count(segment)
+            if context.mark_index is not None:
+                context.mark_index += before[: context.mark_index].count(segment)
+
+
+def _resolve(segments: Iterable[Segment]) -> list[Segment]:
+    """Replaces segments that were split by what they were split into."""
+    resolved = []
+    for segment in segments:
+        resolved += [segment] if segment.split_into is None else _resolve(segment.split_into)
+    return resolved
 
 
 def _last_id(context: Context) -> int | None:

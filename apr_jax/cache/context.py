@@ -11,8 +11,9 @@ _segment_ids = itertools.count(1)
 class Segment:
     """An append-only list of pages holding consecutive tokens. Only its last page may be partly filled.
 
-    A sealed segment never changes, but for a split of a radix node: a new segment then takes the first pages and
-    comes before this one in every context. It holds one reference to each of its pages.
+    A sealed segment never changes; splitting a radix node replaces it by two. It holds one reference to each of its
+    pages. A context may hold a segment several times: children that wrote the same tokens share one, and a join
+    gives the parent both.
 
     Attributes:
       start_position: the position of the first token; the others follow.
@@ -21,10 +22,11 @@ class Segment:
       pages: page ids; empty while swapped. Those of an open tail may reach beyond its tokens (reserved).
       token_ids: tokens that have keys.
       sealed: no more tokens come.
-      refs: contexts that hold it.
+      refs: how often contexts hold it.
       node: the radix tree's node that holds it, or None.
       swapped: its pages are in host memory, in `host_data`.
       host_data: what the engine copied out, opaque here.
+      split_into: the two segments that replaced it; it holds nothing any more.
       id: unique and increasing.
     """
 
@@ -37,6 +39,7 @@ class Segment:
     node: Any = None
     swapped: bool = False
     host_data: Any = None
+    split_into: "tuple[Segment, Segment] | None" = None
     id: int = dataclasses.field(default_factory=lambda: next(_segment_ids))
 
     @property

@@ -237,16 +237,18 @@ class PlanBuilder:
 
 
 def _readers(threads: Sequence[tuple[int, Context]]) -> list[tuple[Interval, Segment]]:
-    """The intervals of rows that read each sealed segment that has tokens."""
-    rows: dict[int, list[int]] = {}
+    """The intervals of rows that read each sealed segment that has tokens; twice those that hold it twice."""
+    rows: dict[tuple[int, int], list[int]] = {}
     segments: dict[int, Segment] = {}
     for row, (_, context) in enumerate(threads):
+        times: dict[int, int] = {}
         for segment in context.segments:
             if segment.sealed and segment.token_ids:
                 segments[segment.id] = segment
-                rows.setdefault(segment.id, []).append(row)
+                nth = times[segment.id] = times.get(segment.id, 0) + 1
+                rows.setdefault((segment.id, nth), []).append(row)
     readers = []
-    for segment_id, found in rows.items():
+    for (segment_id, _), found in rows.items():
         start = 0
         for i in range(1, len(found) + 1):
             if i == len(found) or found[i] != found[i - 1] + 1:

@@ -31,15 +31,14 @@ class RadixTree:
 
     Args:
       page_size: tokens a page.
-      on_split: called with (first, second) after the first pages of segment `second` moved to the new segment
-        `first`; it must put `first` before `second` wherever `second` is held.
+      on_split: called with a segment that has been split; it must put `split_into` in its place wherever it is held.
       on_free: called with a segment that has left the tree and that no context holds.
     """
 
     def __init__(
         self,
         page_size: int,
-        on_split: Callable[[Segment, Segment], None],
+        on_split: Callable[[Segment], None],
         on_free: Callable[[Segment], None],
     ):
         self._page_size = page_size
@@ -162,27 +161,36 @@ class RadixTree:
 
     def _split(self, node: Node, pages: int) -> Node:
         """Moves a node's first pages to a new node above it and returns that."""
-        second, parent = node.segment, node.parent
-        assert second is not None and parent is not None and 0 < pages < len(second.pages)
+        whole, parent = node.segment, node.parent
+        assert whole is not None and parent is not None and 0 < pages < len(whole.pages)
         parent_key = self._key(node)
         tokens = pages * self._page_size
         first = Segment(
-            start_position=second.start_position,
-            previous_id=second.previous_id,
-            pages=second.pages[:pages],
-            token_ids=second.token_ids[:tokens],
+            start_position=whole.start_position,
+            previous_id=whole.previous_id,
+            pages=whole.pages[:pages],
+            token_ids=whole.token_ids[:tokens],
             sealed=True,
+            refs=whole.refs,
         )
-        second.pages = second.pages[pages:]
-        second.token_ids = second.token_ids[tokens:]
-        second.start_position += tokens
-        second.previous_id = first.id
+        second = Segment(
+            start_position=whole.start_position + tokens,
+            previous_id=first.id,
+            pages=whole.pages[pages:],
+            token_ids=whole.token_ids[tokens:],
+            sealed=True,
+            refs=whole.refs,
+            node=node,
+            id=whole.id,  # what continued the whole now continues this
+        )
+        node.segment = second
         upper = Node(segment=first, parent=parent, last_used=node.last_used)
         first.node = upper
+        whole.split_into, whole.node, whole.pages, whole.refs = (first, second), None, [], 0
         parent.children[parent_key] = upper
         upper.children[self._key(node)] = node
         node.parent = upper
-        self._on_split(first, second)
+        self._on_split(whole)
         return upper
 
 

@@ -14,8 +14,7 @@ from apr_jax.cache import Context, KVCache, PlanBuilder, marked_segments, own_se
 from apr_jax.config import CacheConfig, EngineConfig
 from apr_jax.types import OutOfPages
 
-PAGE_SIZE = 4
-MAX_TAIL_PAGES = 3
+MAX_TAIL_TOKENS = 12
 NUM_SLOTS = 64
 
 
@@ -43,9 +42,11 @@ class Thread:
 class Simulation:
     """Runs operations on a cache and on the model side by side."""
 
-    def __init__(self, num_pages: int, prefix_cache: bool = True):
-        self.config = CacheConfig(page_size=PAGE_SIZE, num_pages=num_pages, prefix_cache=prefix_cache)
-        self.cache = KVCache(self.config, MAX_TAIL_PAGES)
+    def __init__(self, num_pages: int, page_size: int, prefix_cache: bool = True):
+        self.config = CacheConfig(page_size=page_size, num_pages=num_pages, prefix_cache=prefix_cache)
+        self.page_size = page_size
+        self.max_tail_pages = MAX_TAIL_TOKENS // page_size
+        self.cache = KVCache(self.config, self.max_tail_pages)
         self.memory: dict[tuple[int, int], int] = {}
         self.threads: list[Thread] = []
 
@@ -54,24 +55,24 @@ class Simulation:
     def write(self, context: Context, content: int) -> None:
         tail, at = context.tail, context.tail_len
         assert tail is not None
-        self.memory[tail.pages[at // PAGE_SIZE], at % PAGE_SIZE] = content
+        self.memory[tail.pages[at // self.page_size], at % self.page_size] = content
 
     def read(self, context: Context) -> list[int]:
         return [
-            self.memory[segment.pages[i // PAGE_SIZE], i % PAGE_SIZE]
+            self.memory[segment.pages[i // self.page_size], i % self.page_size]
             for segment in context.segments
             for i in range(len(segment.token_ids))
         ]
 
     def copy_out(self, page_ids: list[int]) -> list[dict[int, int]]:
         return [
-            {slot: self.memory[page, slot] for slot in range(PAGE_SIZE) if (page, slot) in self.memory}
+            {slot: self.memory[page, slot] for slot in range(self.page_size) if (page, slot) in self.memory}
             for page in page_ids
         ]
 
     def copy_in(self, page_ids: list[int], data: list[dict[int, int]]) -> None:
         for page, slots in zip(page_ids, data, strict=True):
-            for slot in range(PAGE_SIZE):
+            for slot in range(self.page_size):
                 self.memory.pop((page, slot), None)
             self.memory.update({(page, slot): content for slot, content in slots.items()})
 
@@ -97,7 +98,7 @@ class Simulation:
             return
         tokens = [*thread.tokens[: length % 40], 1]
         context, matched = self.cache.match_prefix(tokens)
-        assert matched <= len(tokens) - 1 and matched % PAGE_SIZE == 0
+        assert matched <= len(tokens) - 1 and matched % self.page_size == 0
         assert matched == 0 or self.config.prefix_cache
         seen: list[int] = []
         for position, token in enumerate(tokens[:matched]):
@@ -265,14 +266,14 @@ class Simulation:
         order = np.random.default_rng(choice).permutation(len(threads))
         slots = {(7 * i + choice) % NUM_SLOTS: threads[i] for i in order}
         engine_config = EngineConfig(
-            max_tail_pages=MAX_TAIL_PAGES,
-            item_pages=1 + choice % 3,
+            max_tail_pages=self.max_tail_pages,
+            item_pages=(1, 3, 8)[choice % 3],
             min_shared_tokens=min_shared_tokens % 12,
             max_partials=24,
         )
         builder = PlanBuilder(self.config, engine_config)
         plan = builder.build([(slot, t.context) for slot, t in slots.items()], 12, NUM_SLOTS)
-        validate_plan(plan, num_pages=self.config.num_pages, page_size=PAGE_SIZE)
+        validate_plan(plan, num_pages=self.config.num_pages, page_size=self.page_size)
         assert plan.num_items in builder.item_buckets(12)
         rows = {slot: [] for slot in slots}
         for w in range(plan.num_items):
@@ -289,7 +290,7 @@ class Simulation:
             fill = int(plan.fills[w, i])
             if plan.tail_slot[w] >= 0:
                 tail_len = slots[int(plan.tail_slot[w])].context.tail_len
-                fill = min(PAGE_SIZE, tail_len - int(plan.tail_offset[w]) - i * PAGE_SIZE)
+                fill = min(self.page_size, tail_len - int(plan.tail_offset[w]) - i * self.page_size)
             found += [self.memory[int(page), slot] for slot in range(fill)]
         return found
 
