@@ -19,7 +19,7 @@ def new_directory(directory: str | Path, needed_bytes: int = 0) -> Iterator[Path
 
     Args:
       directory: must not exist, or be empty.
-      needed_bytes: what will be written, at least.
+      needed_bytes: how much the arrays take that will be written.
 
     Raises:
       FileExistsError: the directory holds something.
@@ -30,6 +30,7 @@ def new_directory(directory: str | Path, needed_bytes: int = 0) -> Iterator[Path
     partial = directory.parent / f".{directory.name}{PARTIAL_SUFFIX}"
     directory.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(partial, ignore_errors=True)
+    needed_bytes += needed_bytes // 50 + (1 << 20)  # headers, indices, tokenizer files
     free = shutil.disk_usage(directory.parent).free
     if free < needed_bytes:
         raise _disk_full(directory, needed_bytes, free)
