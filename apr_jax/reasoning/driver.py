@@ -1,0 +1,318 @@
+"""Drives requests: steps the engine, asks programs, carries out what they answer. Any number side by side.
+
+The driver owns the guards and the budget; a program never sees a request that is not its own, and an error
+in one ends that request only. Whatever happens, a request that has ended holds no pages.
+"""
+
+import dataclasses
+import time
+from collections.abc import Sequence
+
+from apr_jax.engine import events
+from apr_jax.engine.engine import EngineCore
+from apr_jax.engine.scheduler import WANTS_TO_RUN
+from apr_jax.engine.thread import Status, Stop, Thread
+from apr_jax.reasoning.budget import Budget
+from apr_jax.reasoning.program import (
+    Action,
+    Append,
+    Cancel,
+    Finish,
+    Fork,
+    Join,
+    Keep,
+    Mark,
+    Program,
+    Request,
+    Spawn,
+    Wait,
+)
+from apr_jax.types import OutOfPages, SamplingParams
+
+
+@dataclasses.dataclass(eq=False)
+class Run:
+    """One request on its way.
+
+    Attributes:
+      degraded: (thread, reason) for all that did not go as the format wants, in order.
+      finish_reason: why the root ended; None while it runs.
+      error: what the program raised; the request ended there.
+    """
+
+    request: Request
+    program: Program
+    root: Thread
+    budget: Budget
+    started_s: float
+    first: Append | Fork | None  # what to do once the prompt is prefilled
+    ended_s: float = 0.0
+    ended: set[int] = dataclasses.field(default_factory=set)  # ids of threads that Finish was said for
+    starved: set[int] = dataclasses.field(default_factory=set)  # ids of threads with nothing left to sample
+    degraded: list[tuple[Thread, str]] = dataclasses.field(default_factory=list)
+    finish_reason: str | None = None
+    error: Exception | None = None
+
+    @property
+    def wall_s(self) -> float:
+        return (self.ended_s or time.perf_counter()) - self.started_s
+
+
+class Driver:
+    """Serves requests over one engine. Use as a context manager: what has not ended at the exit is
+    cancelled.
+    """
+
+    def __init__(self, core: EngineCore):
+        self.core = core
+        self._runs: dict[int, Run] = {}
+        self._done: list[Run] = []
+
+    def __enter__(self) -> "Driver":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for run in list(self._runs.values()):
+            self.cancel(run)
+
+    @property
+    def active(self) -> list[Run]:
+        """Requests that have not ended, oldest first."""
+        return list(self._runs.values())
+
+    def submit(self, request: Request, program: Program) -> Run:
+        """Takes a request in; it runs with the next step.
+
+        Raises:
+          ValueError: the prompt is empty, longer than the context window, or can never fit the cache.
+        """
+        action = program.start(request)
+        window = self.core.model_config.max_position
+        max_path = max(0, min(request.sampling.max_new_tokens, window - len(request.token_ids)))
+        budget = Budget(request.guards, max_path)
+        sampling = request.sampling if isinstance(action, Fork) else action.sampling or request.sampling
+        wanted = sampling.max_new_tokens
+        at_once = isinstance(action, Append) and not action.tokens  # else the prompt is prefilled first
+        granted = min(wanted, budget.initial) if at_once else 0
+        params = dataclasses.replace(sampling, max_new_tokens=granted)
+        root = self.core.submit(request.token_ids, sampling=params)
+        run = Run(request, program, root, budget, time.perf_counter(), None if at_once else action)
+        budget.start(root)
+        if at_once and granted == 0 < wanted:
+            run.starved.add(root.id)
+        self._runs[root.family.id] = run
+        if at_once:
+            self._note(run, root, action)
+        return run
+
+    def step(self) -> list[Run]:
+        """One engine step, and what the programs make of it; returns the requests that ended in it."""
+        for thread in self.core.step():
+            run = self._runs.get(thread.family.id)
+            if run is not None and thread.status is Status.STOPPED:
+                self._guarded(run, self._stopped, thread)
+        for run in self.active:
+            self._guarded(run, self._look_after)
+        done, self._done = self._done, []
+        return done
+
+    def run(self) -> None:
+        """Steps until all requests have ended."""
+        while self._runs:
+            self.step()
+
+    def cancel(self, run: Run) -> None:
+        """Ends a request at once; its pages come free. One that has ended stays as it is."""
+        if run.finish_reason is None:
+            self._end(run, "cancelled")
+
+    # What happened.
+
+    def _guarded(self, run: Run, handle, *args) -> None:
+        try:
+            handle(run, *args)
+        except Exception as error:
+            run.error = error
+            self._end(run, "error")
+
+    def _stopped(self, run: Run, thread: Thread) -> None:
+        stop = thread.stop
+        assert stop is not None
+        if run.first is not None:
+            action: Action = run.first
+            run.first = None
+        else:
+            if stop.reason == "prefilled" and thread.id in run.starved:
+                stop = Stop("length")
+            action = run.program.on_stop(thread, stop)
+        self._apply(run, thread, action)
+
+    def _look_after(self, run: Run) -> None:
+        """Goes on where no stop says so: threads cancelled from outside, programs that wait for nothing."""
+        if run.root.is_done:
+            self._end(run, "cancelled")
+            return
+        threads = run.root.family.threads
+        for parent in [t for t in threads if t.status is Status.FORKED]:
+            still_forked = parent.status is Status.FORKED  # asking one parent may end another
+            if still_forked and all(c.is_done or c.id in run.ended for c in parent.children):
+                self._ask_parent(run, parent)
+        if run.finish_reason is None and not any(t.status in WANTS_TO_RUN for t in threads):
+            self._degrade(run, run.root, "the program waits for nothing")
+            self._end(run, "stalled")
+
+    def _ask_parent(self, run: Run, parent: Thread) -> None:
+        """Asks until the program stops cancelling children."""
+        for _ in range(len(parent.children) + 1):
+            alive = [child for child in parent.children if not child.is_done]
+            ended = [child for child in alive if child.id in run.ended]
+            running = [child for child in alive if child.id not in run.ended]
+            action = run.program.on_child(parent, ended, running)
+            if not isinstance(action, Keep | Cancel):
+                break
+            self._note(run, parent, action)
+            keep = isinstance(action, Keep)
+            for child in alive:
+                if (child in action.children) is not keep:
+                    self.core.cancel(child)
+        self._apply(run, parent, action)
+
+    # What to do.
+
+    def _apply(self, run: Run, thread: Thread, action: Action) -> None:
+        self._note(run, thread, action)
+        match action:
+            case Append():
+                self._append(run, thread, action.tokens, action.sampling)
+            case Mark():
+                self._mark(run, thread, action)
+            case Fork():
+                self._fork(run, thread, action)
+            case Join():
+                self._join(run, thread, action)
+            case Finish():
+                self._finish(run, thread, action.reason)
+            case Wait():
+                pass
+            case _:
+                raise TypeError(f"program {run.program.name} answered {action!r} for {thread}")
+
+    def _granted(
+        self, run: Run, thread: Thread, tokens: Sequence[int], sampling: SamplingParams | None
+    ) -> SamplingParams:
+        """The parameters with a budget that keeps the limits; without new ones, the thread's own with what
+        is left.
+        """
+        wanted = thread.budget if sampling is None else sampling.max_new_tokens
+        granted = max(0, min(wanted, run.budget.room(thread) - len(tokens)))
+        if granted == 0 and (sampling is None or wanted > 0):
+            run.starved.add(thread.id)
+        else:
+            run.starved.discard(thread.id)
+        return dataclasses.replace(sampling or thread.sampling, max_new_tokens=granted)
+
+    def _append(
+        self, run: Run, thread: Thread, tokens: Sequence[int], sampling: SamplingParams | None
+    ) -> None:
+        self.core.append(thread, tokens, sampling=self._granted(run, thread, tokens, sampling))
+
+    def _mark(self, run: Run, thread: Thread, action: Mark) -> None:
+        try:
+            self.core.mark(thread)
+        except OutOfPages as error:
+            self._degrade(run, thread, f"conclusion not marked: {error}")
+        self._append(run, thread, action.tokens, action.sampling)
+
+    def _fork(self, run: Run, thread: Thread, action: Fork) -> None:
+        bound = run.request.guards.max_fan_out
+        if len(action.token_lists) > bound:
+            self._degrade(
+                run, thread, f"fork into {len(action.token_lists)} children cut to max_fan_out = {bound}"
+            )
+            params = action.sampling
+            action = dataclasses.replace(
+                action,
+                token_lists=action.token_lists[:bound],
+                sampling=params if isinstance(params, SamplingParams) else params[:bound],
+            )
+        reason = self._try_fork(run, thread, action)
+        if reason is not None:
+            self._degrade(run, thread, f"fork refused: {reason}")
+            answer = run.program.on_refused(thread, reason)
+            assert isinstance(answer, Append | Finish), f"on_refused answered {answer!r}"
+            self._apply(run, thread, answer)
+
+    def _try_fork(self, run: Run, thread: Thread, action: Fork) -> str | None:
+        """Forks, or says why not."""
+        guards = run.request.guards
+        if len(thread.path) >= guards.max_depth:
+            return f"depth {len(thread.path) + 1} is beyond max_depth = {guards.max_depth}"
+        if thread.num_forks >= guards.max_rounds:
+            return f"it would be fork {thread.num_forks + 1} of its thread, max_rounds is {guards.max_rounds}"
+        limit = run.budget.share(thread, action)
+        if limit is None:
+            return f"too few tokens are left for {len(action.token_lists)} children"
+        count = len(action.token_lists)
+        each = [action.sampling] * count if isinstance(action.sampling, SamplingParams) else action.sampling
+        room = min(limit.path, limit.total, limit.path if limit.own is None else limit.own)
+        params = [
+            dataclasses.replace(p, max_new_tokens=min(p.max_new_tokens, room - len(ids)))
+            for p, ids in zip(each, action.token_lists, strict=True)
+        ]
+        try:
+            split = self.core.spawn if isinstance(action, Spawn) else self.core.fork
+            children = split(thread, action.token_lists, sampling=params)
+        except OutOfPages as error:
+            return str(error)
+        run.budget.give(children, limit)
+        return None
+
+    def _join(self, run: Run, thread: Thread, action: Join) -> None:
+        children = list(action.children)
+        params = self._granted(run, thread, action.tokens, action.sampling)
+        while True:
+            try:
+                self.core.join(thread, children, mode=action.mode, tokens=action.tokens, sampling=params)
+                break
+            except OutOfPages as error:
+                if not children:
+                    raise
+                last = children.pop()
+                self.core.cancel(last)
+                self._degrade(run, thread, f"child {len(children) + 1} left out of the join: {error}")
+        answer = run.program.on_joined(thread)
+        if not isinstance(answer, Wait):
+            assert isinstance(answer, Finish) and thread is run.root, f"on_joined answered {answer!r}"
+            self._finish(run, thread, answer.reason)
+
+    def _finish(self, run: Run, thread: Thread, reason: str) -> None:
+        if thread is run.root:
+            out_of_window = len(run.request.token_ids) + run.request.sampling.max_new_tokens
+            if reason == "length" and out_of_window > self.core.model_config.max_position:
+                reason = "context"
+            self._end(run, reason)
+            return
+        run.ended.add(thread.id)
+        assert thread.parent is not None
+        if thread.parent.status is Status.FORKED:
+            self._ask_parent(run, thread.parent)
+
+    def _end(self, run: Run, reason: str) -> None:
+        root = run.root
+        if reason in ("cancelled", "error") or root.status in WANTS_TO_RUN:
+            self.core.cancel(root)
+        else:
+            self.core.release(root)
+        run.finish_reason, run.ended_s = reason, time.perf_counter()
+        self._runs.pop(root.family.id, None)
+        self._done.append(run)
+
+    # What is recorded.
+
+    def _note(self, run: Run, thread: Thread, action: Action) -> None:
+        for reason in action.degraded:
+            self._degrade(run, thread, reason)
+
+    def _degrade(self, run: Run, thread: Thread, reason: str) -> None:
+        run.degraded.append((thread, reason))
+        self.core.emit(events.DegradeEvent, thread, reason=reason)

@@ -1,0 +1,181 @@
+"""What decides at a stop: the interface of programs, and the actions they answer with.
+
+A program holds no threads and runs nothing. The driver asks it where a thread has stopped or a child has
+ended, and carries out the answer. Actions are plain values; each may say what did not go as the format wants
+(`degraded`).
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Protocol
+
+from apr_jax.config import check
+from apr_jax.engine.thread import JoinMode, Stop, Thread
+from apr_jax.types import SamplingParams
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Guards:
+    """Bounds that hold for every program. What exceeds one degrades to plain text, with a recorded reason.
+
+    Attributes:
+      max_depth: forks above a thread; 0 forbids forking.
+      max_fan_out: children of one fork; the first ones are kept.
+      max_rounds: forks of one thread.
+      max_thread_tokens: tokens of one thread, forced ones counted; None is no bound of its own.
+      max_family_tokens: tokens of all threads of a request. A fork divides what is left evenly among the
+        children, and what they leave over goes back at the join, so that the outcome does not depend on
+        timing.
+    """
+
+    max_depth: int = 5
+    max_fan_out: int = 32
+    max_rounds: int = 32
+    max_thread_tokens: int | None = None
+    max_family_tokens: int = 1_000_000
+
+    def __post_init__(self):
+        check(self.max_depth >= 0, f"max_depth is {self.max_depth}, must be >= 0")
+        for name in ("max_fan_out", "max_rounds", "max_family_tokens", "max_thread_tokens"):
+            value = getattr(self, name)
+            check(value is None or value >= 1, f"{name} is {value}, must be >= 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+    """What one family is asked to do.
+
+    Attributes:
+      token_ids: the prompt.
+      sampling: of the root, and of its children unless the program says otherwise. `max_new_tokens` bounds
+        the critical path: the tokens, forced ones counted, on the longest chain from the prompt to the end.
+          For a
+        program that never forks that is simply the number of new tokens.
+    """
+
+    token_ids: Sequence[int]
+    sampling: SamplingParams = SamplingParams()  # noqa: RUF009 (frozen)
+    guards: Guards = Guards()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Action:
+    """What the driver shall do.
+
+    Attributes:
+      degraded: what did not go as the format wants, for people.
+    """
+
+    degraded: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Append(Action):
+    """The thread goes on with these forced tokens (may be none); `sampling` None keeps parameters and
+    budget.
+    """
+
+    tokens: Sequence[int] = ()
+    sampling: SamplingParams | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Mark(Action):
+    """What the thread says from here on is its conclusion; it goes on with these forced tokens, at least
+    one.
+    """
+
+    tokens: Sequence[int]
+    sampling: SamplingParams | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Fork(Action):
+    """Children continue the thread's context, each starting with its own forced tokens.
+
+    Attributes:
+      closing_len: forced tokens that the program may still add to a child when its budget is spent.
+      joining_len: forced tokens that the thread goes on with after the join. Both are kept back from the
+        budget.
+    """
+
+    token_lists: Sequence[Sequence[int]]
+    sampling: SamplingParams | Sequence[SamplingParams]
+    closing_len: int = 0
+    joining_len: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Spawn(Fork):
+    """Like Fork, but each child starts from a context of its own that holds its tokens only."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Wait(Action):
+    """Nothing to do until another thread stops or ends."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Finish(Action):
+    """The thread has ended: a child is ready to be joined, a root's request is done."""
+
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Join(Action):
+    """The children's parent goes on; children that are not joined are cancelled."""
+
+    children: Sequence[Thread]
+    mode: JoinMode
+    tokens: Sequence[int] = ()
+    sampling: SamplingParams | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Keep(Action):
+    """All other children of the same parent are cancelled; the program is asked again."""
+
+    children: Sequence[Thread]
+
+
+@dataclasses.dataclass(frozen=True)
+class Cancel(Action):
+    """These children are cancelled; the program is asked again."""
+
+    children: Sequence[Thread]
+
+
+class Program(Protocol):
+    """Decides at every stop. One instance may serve many requests at once: it reads the thread that it is
+    asked about, and keeps what it must remember by `thread.family.id`.
+
+    Attributes:
+      name: for people.
+      block: the tags around a parallel block in the text, or None if the text shows no blocks.
+    """
+
+    name: str
+    block: tuple[str, str] | None
+
+    def start(self, request: Request) -> Append | Fork | Spawn:
+        """How the request begins: tokens after the prompt, or a fork of the prompt itself."""
+        ...
+
+    def on_stop(self, thread: Thread, stop: Stop) -> Append | Mark | Fork | Spawn | Wait | Finish:
+        """A thread has stopped."""
+        ...
+
+    def on_child(
+        self, parent: Thread, ended: Sequence[Thread], running: Sequence[Thread]
+    ) -> Join | Keep | Cancel | Wait | Finish:
+        """A child has ended. `ended` and `running` are the parent's children, in the order of the fork."""
+        ...
+
+    def on_joined(self, thread: Thread) -> Wait | Finish:
+        """A thread goes on after a join; Wait lets it, Finish (for a root) ends it there."""
+        return Wait()
+
+    def on_refused(self, thread: Thread, reason: str) -> Append | Finish:
+        """A fork was refused, by a guard or for want of pages; the reason is recorded already."""
+        return Append()
