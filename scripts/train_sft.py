@@ -1,10 +1,11 @@
 """Trains a Countdown model on whole reasoning trees; goes on where a killed run stopped.
 
     python scripts/train_sft.py --config=configs/countdown_tiny.py --workdir=/tmp/tiny
-    python scripts/train_sft.py --config=configs/countdown_base.py --workdir=/tmp/base --config.optimizer.num_steps=8000
+    python scripts/train_sft.py --config=configs/countdown_base.py --workdir=/tmp/base \\
+        --config.optimizer.num_steps=8000
 
-The working directory gets `log.jsonl`, `checkpoints/`, `data/` (chunks made ahead by worker processes) and, when
-the run is done, `model/`, a Hugging Face directory for `generate.py --checkpoint`.
+The working directory gets `log.jsonl`, `checkpoints/` and `data/` (chunks made ahead by worker processes);
+when the run is done also `model/`, a Hugging Face directory for `generate.py --checkpoint`.
 """
 
 import contextlib
@@ -24,6 +25,7 @@ from apr_jax.tasks.countdown_features import initial_embedding
 from apr_jax.tasks.countdown_format import BOS, EOS, vocabulary
 from apr_jax.train.countdown_data import PAD_ID, PIECE_IDS, CountdownSamples
 from apr_jax.train.data import ChunkStore
+from apr_jax.train.export import export_countdown
 from apr_jax.train.held_out import teacher_forced
 from apr_jax.train.loop import LoopConfig, OptimizerConfig, train
 
@@ -95,6 +97,7 @@ def main() -> None:
             on_record=on_record,
             on_step=on_step,
         )
+    export_countdown(workdir / "model", decoder)
     print(f"trained {decoder.num_params:,} parameters for {optimizer.num_steps:,} steps")
 
 

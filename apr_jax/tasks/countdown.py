@@ -1,8 +1,8 @@
-"""Countdown: combine all the given numbers with + - * / to reach a target. Problems, a complete solver, a checker.
+"""Countdown: reach a target with + - * / from all the given numbers. Problems, a complete solver, a checker.
 
 A pair of values a >= b gives a + b, a - b, a * b and, where it is exact, a / b (b > 0): every value is a
-non-negative integer. The problems follow APR's distribution: 4 integers uniform in [1, 99], a target uniform in
-[10, 100], redrawn until solvable.
+non-negative integer. The problems follow APR's distribution: 4 integers uniform in [1, 99], a target uniform
+in [10, 100], redrawn until solvable.
 
 Source: Pan et al. 2025, Learning Adaptive Parallel Reasoning with Language Models (arXiv 2504.15466).
 """
@@ -63,11 +63,14 @@ class Equation:
     @property
     def holds(self) -> bool:
         """Whether the arithmetic is exact."""
-        if self.operator == "/":
-            return self.right != 0 and self.left == self.value * self.right
-        return self.value == {"+": self.left + self.right, "-": self.left - self.right, "*": self.left * self.right}[
-            self.operator
-        ]
+        match self.operator:
+            case "+":
+                return self.value == self.left + self.right
+            case "-":
+                return self.value == self.left - self.right
+            case "*":
+                return self.value == self.left * self.right
+        return self.right != 0 and self.left == self.value * self.right
 
 
 def combine(a: int, b: int) -> Iterator[Equation]:
@@ -99,7 +102,7 @@ def is_solvable(values: tuple[int, ...], target: int) -> bool:
 
 
 def solve(problem: Problem) -> list[Equation] | None:
-    """Finds equations that use every number once and end in the target, or None if there are none. Complete."""
+    """Equations that use every number once and end in the target; None if there are none. Complete."""
     if not is_solvable(problem.numbers, problem.target):
         return None
     values, equations = list(problem.numbers), []
@@ -118,8 +121,9 @@ def solve(problem: Problem) -> list[Equation] | None:
 def check_equations(problem: Problem, equations: list[Equation]) -> str | None:
     """Replays a solution.
 
-    Returns: None if every operand was available, the arithmetic is exact, all numbers are used up and the last
-    value is the target; otherwise what is wrong.
+    Returns:
+      None if every operand was available, the arithmetic is exact, all numbers are used up and the last value
+      is the target; otherwise what is wrong.
     """
     available = list(problem.numbers)
     for equation in equations:
@@ -149,8 +153,10 @@ def parse_equations(text: str) -> list[Equation] | None:
     return equations
 
 
-def draw_problem(seed: int, index: int, config: ProblemConfig = APR, exclude: Collection[Problem] = ()) -> Problem:
-    """The problem number `index` of the stream `seed`; depends on nothing else, so any worker may draw it.
+def draw_problem(
+    seed: int, index: int, config: ProblemConfig = APR, exclude: Collection[Problem] = ()
+) -> Problem:
+    """Problem number `index` of the stream `seed`; depends on nothing else, so that any worker may draw it.
 
     Args:
       exclude: problems that are never drawn (a held-out set).

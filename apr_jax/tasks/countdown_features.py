@@ -26,9 +26,8 @@ def initial_embedding(d_model: int, seed: int) -> np.ndarray:
     table = np.random.default_rng(seed).normal(0.0, d_model**-0.5, (len(pieces), d_model))
     first = pieces.index(NUMBERS[0])
     n = np.arange(len(NUMBERS))[:, None]
-    phases = np.concatenate(
-        [2 * np.pi * n / np.asarray(PERIODS), 2 * np.pi * np.log(np.maximum(n, 0.5)) / np.asarray(LOG_PERIODS)], axis=1
-    )
+    turns = [n / np.asarray(PERIODS), np.log(np.maximum(n, 0.5)) / np.asarray(LOG_PERIODS)]
+    phases = 2 * np.pi * np.concatenate(turns, axis=1)
     waves = np.concatenate([np.cos(phases), np.sin(phases)], axis=1)
     table[first : first + len(NUMBERS), :num_waves] = waves * d_model**-0.5 * 2**0.5
     return (table / np.linalg.norm(table, axis=1, keepdims=True)).astype(np.float32)

@@ -22,8 +22,6 @@ Parallel: after a failed opening and the targets, each block of the search is fo
 where the conclusion names the first path that matched, or ` none`, upon which the next block follows.
 """
 
-import re
-
 from apr_jax.tasks.countdown import Equation, Problem
 from apr_jax.tasks.countdown_search import MAX_VALUE, Line, ReasoningTree, Round, quad
 from apr_jax.tasks.trace import Block, Span, Trace
@@ -35,7 +33,7 @@ TAGS = ("<Parallel>", "</Parallel>", "<Goal>", "</Goal>", "<Outline>", "</Outlin
         "<Conclusion>", "</Conclusion>")  # fmt: skip
 MAX_PATHS = 24
 LABELS = tuple(f"{i}:" for i in range(1, MAX_PATHS + 1))
-SIGNS = tuple(" " + sign for sign in (":", "=", "|", ",", ";", "!", "=>", "->", ".", "-", "+", "*", "/", "none"))
+SIGNS = (" :", " =", " |", " ,", " ;", " !", " =>", " ->", " .", " -", " +", " *", " /", " none")
 NUMBERS = tuple(f" {n}" for n in range(MAX_VALUE + 1))
 RESERVED = ("<reserved_0>", "<reserved_1>")  # makes 256
 CONCLUSION_MARKER = " =>"
@@ -112,7 +110,8 @@ def _targets(problem: Problem) -> list[str]:
 def _equations(equations: tuple[Equation, ...]) -> list[str]:
     pieces = []
     for e in equations:
-        pieces += [number_piece(e.left), f" {e.operator}", number_piece(e.right), " =", number_piece(e.value), " ,"]
+        left, right, value = map(number_piece, (e.left, e.right, e.value))
+        pieces += [left, f" {e.operator}", right, " =", value, " ,"]
     return pieces[:-1]
 
 

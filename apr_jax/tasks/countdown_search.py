@@ -1,10 +1,10 @@
 """One search over a four-number problem, from both ends, as a reasoning tree that two renderings write down.
 
-The one primitive is the *quad* of two values: difference, sum, product, quotient (None where the quotient is not
-exact, an operand of product or quotient is zero, or the value exceeds `MAX_VALUE`). The quad of two numbers
-is what they can *make*. The quad of a target and a number is what is *needed* to reach that target
-with the number: x makes t with c exactly if x is in quad(t, c). So a match between a made quad and
-a needed quad is a solution, and all the arithmetic of the trace is this one function.
+The one primitive is the *quad* of two values: difference, sum, product, quotient (None where the quotient is
+not exact, an operand of product or quotient is zero, or the value exceeds `MAX_VALUE`). The quad of two
+numbers is what they can *make*. The quad of a target and a number is what is *needed* to reach that target
+with the number: x makes t with c exactly if x is in quad(t, c). So a match between a made quad and a needed
+quad is a solution, and all the arithmetic of the trace is this one function.
 
     split   a, b | c, d      made: quad(c, d); needed: quad(t, m) for every m in quad(a, b)
     lemma   one of quad(t, n) for a number n left for last: reach that value with the three other numbers,
@@ -26,7 +26,7 @@ Pair = tuple[int, int]
 def quad(x: int, y: int) -> Quad:
     """Difference, sum, product and quotient of two values, the larger first."""
     x, y = max(x, y), min(x, y)
-    product = x * y if 0 < y and x * y <= MAX_VALUE else None
+    product = x * y if y > 0 and x * y <= MAX_VALUE else None
     return x - y, x + y if x + y <= MAX_VALUE else None, product, x // y if y and x % y == 0 else None
 
 

@@ -1,7 +1,7 @@
 """A written-down piece of reasoning: spans of text pieces and blocks of branches that do not see each other.
 
-A trace is what a program of the engine produces: a root whose text may hold blocks, each a fork and a join. The
-pieces are one token each. Tasks write traces, the trainer turns them into tokens, positions and masks.
+A trace is what a program of the engine produces: a root whose text may hold blocks, each a fork and a join. A
+piece is one token. Tasks write traces, the trainer turns them into tokens, positions and masks.
 """
 
 import dataclasses

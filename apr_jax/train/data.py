@@ -1,7 +1,7 @@
-"""Training data in chunks: made ahead of time by a worker process, kept as files, the same for any worker.
+"""Training data in chunks: made ahead of time by worker processes, the same for any worker.
 
-A chunk is a fixed range of sample indices, packed into steps. Its file appears whole or not at all, so that any
-number of workers may write and a killed run goes on with what is there.
+A chunk is a fixed range of sample indices, packed into steps. Its file appears whole or not at all: any
+number of workers may write, and a killed run goes on with what is there.
 """
 
 import hashlib
@@ -99,7 +99,7 @@ def _work(store: ChunkStore, first: int, stride: int, cursor, ahead: int, parent
 
 
 class ChunkReader:
-    """Reads chunks in order while worker processes make the next ones. A context manager: leaving it ends them.
+    """Reads chunks in order while worker processes make the next ones. Leaving the context ends them.
 
     Args:
       first: the chunk to begin with.

@@ -1,7 +1,7 @@
 """Held-out figures that need no decoding: what a model would do if it stayed on the reference trace.
 
-If the most likely token is the reference's at every sampled token of a trace, greedy decoding writes
-exactly this trace. So `exact` is a lower bound of the share that greedy decoding solves, where the trace does.
+If the most likely token is the reference's at every sampled token of a trace, greedy decoding writes exactly
+this trace. So `solved` is a lower bound of what greedy decoding solves.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,8 +26,8 @@ def teacher_forced(problems: Sequence[Problem]) -> Callable[[Decoder], dict[str,
     """An evaluation of Countdown traces.
 
     Returns:
-      decoder -> per rendering: loss, accuracy (of tokens), exact (share of traces), solved (exact, and the trace
-      ends in an answer); and the error of each slot of a quad, of seeing a match and of the rest.
+      decoder -> per rendering: loss, accuracy (of tokens), exact (share of traces), solved (exact, and the
+      trace ends in an answer); and the error of each slot of a quad, of seeing a match and of the rest.
     """
     rows: list[tuple[str, bool, Row]] = []
     for problem in problems:

@@ -21,7 +21,7 @@ Metrics = dict[str, float]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW with warm-up and cosine decay; "muon" uses Muon for the matrices inside layers and AdamW for the rest."""
+    """AdamW with warm-up and cosine decay; "muon" trains the matrices inside layers with Muon."""
 
     name: str = "adamw"
     learning_rate: float = 3e-3
@@ -37,7 +37,7 @@ class OptimizerConfig:
         if self.name not in ("adamw", "muon"):
             raise ValueError(f"optimizer is {self.name!r}, must be 'adamw' or 'muon'")
         if not 0 <= self.warmup_steps < self.num_steps:
-            raise ValueError(f"warmup_steps is {self.warmup_steps}, must be in [0, num_steps = {self.num_steps})")
+            raise ValueError(f"warmup_steps is {self.warmup_steps}, must be in [0, {self.num_steps})")
 
     def build(self) -> optax.GradientTransformation:
         def schedule(peak: float):
@@ -143,14 +143,16 @@ def train(
                 steps = reader.load(state.chunk)
                 continue
             with jax.profiler.StepTraceAnnotation("train", step_num=state.step):
-                state.params, state.opt_state, metrics = update(state.params, state.opt_state, steps[state.offset])
+                batch = steps[state.offset]
+                state.params, state.opt_state, metrics = update(state.params, state.opt_state, batch)
                 num_tokens += float(metrics["num_tokens"])
             state.step, state.offset = state.step + 1, state.offset + 1
             on_step(state.step)
             if state.step % loop.log_every == 0 or state.step == last_step:
                 now = time.monotonic()
-                values = {name: round(float(value), 5) for name, value in metrics.items()}
-                record({**values, "tokens_per_s": round(num_tokens / (now - since)), "time": round(time.time(), 1)})
+                values: dict[str, Any] = {name: round(float(value), 5) for name, value in metrics.items()}
+                values |= {"tokens_per_s": round(num_tokens / (now - since)), "time": round(time.time(), 1)}
+                record(values)
                 num_tokens, since = 0.0, now
             finished = state.step == optimizer_config.num_steps
             if evaluate is not None and (state.step % loop.eval_every == 0 or finished):

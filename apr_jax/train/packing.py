@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from apr_jax.tasks.trace import Block, Span, Trace
+from apr_jax.tasks.trace import Span, Trace
 
 FIELDS = ("tokens", "positions", "end", "hide_from", "hide_to", "loss")
 
@@ -102,8 +102,8 @@ def flatten(trace: Trace, piece_id: Callable[[str], int], join: str = "stitch") 
 def pack(rows: Iterable[Row], lengths: Sequence[int], pad_id: int) -> dict[int, list[Row]]:
     """Puts rows side by side into rows of fixed lengths.
 
-    A row belongs to the shortest length that holds it; those of at most half the shortest length fill the gaps
-    that the others leave. First fit in the given order, so the outcome depends on nothing else.
+    A row belongs to the shortest length that holds it; those of at most half the shortest length fill the
+    gaps that the others leave. First fit in the given order, so the outcome depends on nothing else.
 
     Args:
       lengths: ascending.
@@ -127,7 +127,8 @@ def pack(rows: Iterable[Row], lengths: Sequence[int], pad_id: int) -> dict[int, 
     for row in fillers:
         _first_fit(row, [*reversed(lengths)], bins)
     return {
-        length: [_concatenate(parts, length, pad_id) for parts, _ in packed] for length, packed in bins.items()
+        length: [_concatenate(parts, length, pad_id) for parts, _ in packed]
+        for length, packed in bins.items()
     }
 
 
@@ -163,12 +164,13 @@ def batches(
 def _concatenate(parts: Sequence[Row], length: int, pad_id: int) -> Row:
     own = np.arange(length, dtype=np.int32)
     # padding sees itself alone and is seen by nobody else
-    packed = Row(np.full(length, pad_id, np.int32), np.zeros(length, np.int32), own + 1,
-                 np.zeros(length, np.int32), np.zeros(length, np.int32), np.zeros(length, np.float32))  # fmt: skip
+    zeros = (np.zeros(length, dtype) for dtype in (np.int32, np.int32, np.int32, np.float32))
+    packed = Row(np.full(length, pad_id, np.int32), next(zeros), own + 1, *zeros)
     offset = 0
     for row in parts:
         where = slice(offset, offset + len(row))
-        packed.tokens[where], packed.positions[where], packed.loss[where] = row.tokens, row.positions, row.loss
+        packed.tokens[where], packed.positions[where] = row.tokens, row.positions
+        packed.loss[where] = row.loss
         packed.end[where] = row.end + offset
         packed.hide_from[where], packed.hide_to[where] = row.hide_from + offset, row.hide_to + offset
         offset += len(row)

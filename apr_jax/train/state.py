@@ -13,6 +13,8 @@ from flax import nnx
 from apr_jax.models.decoder import Decoder
 from apr_jax.models.params import build_decoder, named_params
 
+POSITION = ("step", "chunk", "offset")
+
 
 @dataclasses.dataclass
 class TrainState:
@@ -31,7 +33,7 @@ class TrainState:
 
 
 class Checkpoints:
-    """Checkpoints of a run in a directory, by step. One appears whole or not at all; the newest `keep` stay."""
+    """Checkpoints of a run, by step. One appears whole or not at all; the newest `keep` stay."""
 
     def __init__(self, directory: str | os.PathLike, keep: int = 3):
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
@@ -44,7 +46,7 @@ class Checkpoints:
         tree = {
             "params": named_params(nnx.merge(graphdef, state.params)),
             "optimizer": {str(i): leaf for i, leaf in enumerate(jax.tree.leaves(state.opt_state))},
-            "position": {name: np.int64(getattr(state, name)) for name in ("step", "chunk", "offset")},
+            "position": {name: np.asarray(getattr(state, name)) for name in POSITION},
         }
         self._manager.save(state.step, args=ocp.args.StandardSave(tree))
         self._manager.wait_until_finished()
@@ -65,7 +67,7 @@ class Checkpoints:
         target = {
             "params": named_params(nnx.merge(graphdef, state.params)),
             "optimizer": {str(i): leaf for i, leaf in enumerate(leaves)},
-            "position": {name: np.int64(0) for name in ("step", "chunk", "offset")},
+            "position": {name: np.zeros((), np.int64) for name in POSITION},
         }
         tree = self._manager.restore(step, args=ocp.args.StandardRestore(target))
         optimizer = [tree["optimizer"][str(i)] for i in range(len(leaves))]

@@ -14,6 +14,8 @@ from apr_jax.models.decoder import Decoder
 from apr_jax.train.attention import masked_attend
 from apr_jax.train.packing import visible
 
+Batch = dict[int, dict[str, jax.Array]]  # arrays of packed rows, keyed by row length
+
 
 def batch_logits(decoder: Decoder, batch: dict[str, jax.Array]) -> jax.Array:
     """Logits [B, T, V] of packed rows (see `packing.Row`)."""
@@ -27,19 +29,15 @@ def batch_logits(decoder: Decoder, batch: dict[str, jax.Array]) -> jax.Array:
 
 
 def token_losses(decoder: Decoder, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """Cross entropy [B, T] of each next token, zero where it was forced, and whether it was predicted: bool[B, T]."""
+    """Cross entropy [B, T] of each next token, zero where it is forced; and whether it is predicted."""
     logits = batch_logits(decoder, batch)
     targets = jnp.roll(batch["tokens"], -1, axis=1)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
     return losses * batch["loss"], logits.argmax(axis=-1) == targets
 
 
-def mean_loss(decoder: Decoder, batch: dict[int, dict[str, jax.Array]]) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Mean loss over the sampled tokens of a step, and metrics: loss, accuracy, num_tokens.
-
-    Args:
-      batch: arrays of packed rows, keyed by row length.
-    """
+def mean_loss(decoder: Decoder, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Mean loss over the sampled tokens of a step, and metrics: loss, accuracy, num_tokens."""
     loss = hits = num_tokens = jnp.zeros(())
     for rows in batch.values():
         losses, correct = token_losses(decoder, rows)
@@ -50,7 +48,7 @@ def mean_loss(decoder: Decoder, batch: dict[int, dict[str, jax.Array]]) -> tuple
 
 
 def make_train_step(graphdef: Any, optimizer: optax.GradientTransformation):
-    """The jitted update (params, opt_state, batch) -> (params, opt_state, metrics). Donates params and opt_state."""
+    """The jitted (params, opt_state, batch) -> (params, opt_state, metrics). Donates params and opt_state."""
 
     def step(params, opt_state, batch):
         def loss_of(params):

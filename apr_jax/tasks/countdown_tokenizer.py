@@ -1,0 +1,33 @@
+"""The sentencepiece model of the Countdown format: one token a piece, built from the list of pieces."""
+
+from sentencepiece import sentencepiece_model_pb2
+
+from apr_jax.tasks.countdown_format import BOS, EOS, MODES, PAD, RESERVED, TAGS, UNK, vocabulary
+
+
+def build_sentencepiece_model() -> bytes:
+    """The serialized model; the same bytes on every call.
+
+    No piece is a sequence of others: a text in the format has one segmentation.
+    """
+    model = sentencepiece_model_pb2.ModelProto()
+    kinds = model.SentencePiece
+    special = {UNK: kinds.UNKNOWN, BOS: kinds.CONTROL, EOS: kinds.CONTROL, PAD: kinds.CONTROL}
+    special |= dict.fromkeys((*MODES.values(), *TAGS, *RESERVED), kinds.USER_DEFINED)
+    for piece in vocabulary():
+        entry = model.pieces.add()
+        entry.piece = piece.replace(" ", "\N{LOWER ONE EIGHTH BLOCK}")
+        entry.type = special.get(piece, kinds.NORMAL)
+        entry.score = 0.0 if piece in special else -1.0
+    trainer, normalizer = model.trainer_spec, model.normalizer_spec
+    trainer.model_type = trainer.UNIGRAM
+    trainer.vocab_size = len(model.pieces)
+    trainer.unk_id, trainer.unk_piece = vocabulary().index(UNK), UNK
+    trainer.bos_id, trainer.bos_piece = vocabulary().index(BOS), BOS
+    trainer.eos_id, trainer.eos_piece = vocabulary().index(EOS), EOS
+    trainer.pad_id, trainer.pad_piece = vocabulary().index(PAD), PAD
+    normalizer.name = "identity"
+    normalizer.add_dummy_prefix = False
+    normalizer.remove_extra_whitespaces = False
+    normalizer.escape_whitespaces = True
+    return model.SerializeToString(deterministic=True)
