@@ -311,8 +311,24 @@ class Simulation:
         self.cache.check()
         assert self.cache.pool.num_free == self.cache.pool.total
 
+    def check_tree(self) -> None:
+        """What the tree holds for a token path is what plain causal tokens would have written."""
+        stack = [(root, start, []) for start, root in self.cache._tree._roots.items()]
+        while stack:
+            node, position, seen = stack.pop()
+            if node.segment is not None:
+                assert node.segment.start_position == position
+                for i, token in enumerate(node.segment.token_ids):
+                    content = hash((token, position, tuple(seen)))
+                    page = node.segment.pages[i // self.page_size]
+                    assert self.memory[page, i % self.page_size] == content
+                    seen = [*seen, content]
+                    position += 1
+            stack += [(child, position, seen) for child in node.children.values()]
+
     def check(self) -> None:
         self.cache.check()
+        self.check_tree()
         for thread in self.threads:
             assert thread.context.next_position == thread.position
             assert thread.context.num_tokens == len(thread.seen)
