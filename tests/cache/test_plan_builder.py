@@ -1,0 +1,158 @@
+"""What the plan of some threads looks like. That every token is read once is tested by random operations."""
+
+import numpy as np
+import pytest
+from apr_kernels.plan import validate_plan
+
+from apr_jax.cache import Context, KVCache, PlanBuilder, PlanOverflow, own_segments
+from apr_jax.config import CacheConfig, EngineConfig
+
+CACHE = CacheConfig(page_size=4, num_pages=200, prefix_cache=False)
+
+
+def builder(**settings) -> PlanBuilder:
+    return PlanBuilder(
+        CACHE, EngineConfig(**{"max_tail_pages": 8, "item_pages": 2, "min_shared_tokens": 8, "max_partials": 4, **settings})
+    )
+
+
+def grow(cache: KVCache, context: Context, num_tokens: int) -> None:
+    while num_tokens:
+        n = min(num_tokens, cache.tail_room(context))
+        cache.reserve(context, n)
+        cache.advance(context, range(n))
+        num_tokens -= n
+
+
+def family(prompt: int, children: int, own: int) -> tuple[KVCache, Context, list[Context]]:
+    cache = KVCache(CACHE, 8)
+    parent = cache.new_context()
+    grow(cache, parent, prompt)
+    contexts = cache.fork(parent, children)
+    for context in contexts:
+        grow(cache, context, own)
+    return cache, parent, contexts
+
+
+def used(plan) -> np.ndarray:
+    return np.flatnonzero(plan.rows[:, 1] > plan.rows[:, 0])
+
+
+def check(plan):
+    validate_plan(plan, num_pages=CACHE.num_pages, page_size=CACHE.page_size)
+
+
+def test_a_shared_prompt_is_read_once():
+    _, parent, contexts = family(prompt=21, children=3, own=2)
+    plan = builder().build([(i, c) for i, c in enumerate(contexts)], 4, 8)
+    check(plan)
+    shared = [w for w in used(plan) if w < plan.num_shared]
+    assert [list(plan.rows[w]) for w in shared] == [[0, 3]] * 3
+    assert list(plan.pages[shared].ravel()) == parent.segments[0].pages
+    assert list(plan.fills[shared].ravel()) == [4, 4, 4, 4, 4, 1]
+    assert len(set(plan.partial_start[shared])) == 1  # one run
+    assert len(used(plan)) == 3 + 3
+    assert list(plan.row_slot) == [0, 1, 2, 8]
+
+
+def test_a_short_run_is_read_privately():
+    _, _, contexts = family(prompt=7, children=3, own=2)
+    threads = [(i, c) for i, c in enumerate(contexts)]
+    assert (used(builder().build(threads, 4, 8)) >= builder().build(threads, 4, 8).num_shared).all()
+    shared = builder(min_shared_tokens=7).build(threads, 4, 8)
+    assert (used(shared) < shared.num_shared).sum() == 1
+
+
+def test_short_segments_of_the_same_readers_are_packed():
+    cache, parent, contexts = family(prompt=3, children=2, own=3)
+    for context in contexts:
+        cache.seal(context)
+    cache.join(parent, [own_segments(context) for context in contexts], 6)
+    readers = cache.fork(parent, 2)
+    plan = builder().build(list(enumerate(readers)), 2, 8)
+    check(plan)
+    shared = [w for w in used(plan) if w < plan.num_shared]
+    assert plan.fills[shared].tolist() == [[3, 3], [3, 0]]  # nine tokens in three partly filled pages, one run
+
+
+def test_rows_are_sorted_across_families():
+    cache, _, first = family(prompt=16, children=2, own=1)
+    other = cache.new_context()
+    grow(cache, other, 16)
+    second = cache.fork(other, 2)
+    threads = [(5, first[0]), (1, second[0]), (3, first[1]), (0, second[1])]
+    plan = builder().build(threads, 4, 8)
+    check(plan)
+    assert [set(plan.row_slot[:2]), set(plan.row_slot[2:])] == [{5, 3}, {1, 0}]
+    assert sorted(map(tuple, plan.rows[used(plan)][:4])) == [(0, 2), (0, 2), (2, 4), (2, 4)]
+
+
+def test_readers_that_are_no_interval_are_split():
+    cache, _, (a, b, c) = family(prompt=9, children=3, own=12)
+    for context in (a, b, c):
+        cache.seal(context)
+    segment = own_segments(a)[0]
+    cache.join(c, [[segment]], 30)
+    plan = builder().build([(0, a), (1, b), (2, c)], 4, 8)
+    check(plan)
+    rows = [tuple(plan.rows[w]) for w in used(plan) if set(segment.pages) & set(plan.pages[w])]
+    assert set(rows) == {(0, 1), (2, 3)}
+
+
+def test_tails_cover_what_is_reserved():
+    cache = KVCache(CACHE, 8)
+    context = cache.new_context()
+    cache.reserve(context, 25)
+    cache.advance(context, range(3))
+    plan = builder().build([(6, context)], 1, 8)
+    check(plan)
+    assert plan.tail_offset[used(plan)].tolist() == [0, 8, 16, 24]
+    assert (plan.tail_slot[used(plan)] == 6).all()
+    assert plan.tail_pages[6, :7].tolist() == context.segments[0].pages
+    assert plan.num_shared == 0
+
+
+def test_item_buckets_hold_what_they_say():
+    plans = builder()
+    small, large = plans.item_buckets(4)
+    assert 0 < plans.num_shared(4, small) < small < large
+    _, _, contexts = family(prompt=300, children=3, own=2)
+    threads = list(enumerate(contexts))
+    assert plans.build(threads, 4, 8).num_items == large
+    with pytest.raises(PlanOverflow) as error:
+        plans.build(threads, 4, 8, num_items=small)
+    assert error.value.what == "items" and error.value.needed == 38 > error.value.bound
+    with pytest.raises(ValueError, match="num_items is 3, must be one of"):
+        plans.build(threads, 4, 8, num_items=3)
+    few, many = plans.build(threads[:1], 1, 8).num_items, plans.item_buckets(1)
+    assert few in many
+
+
+def test_too_many_partials_are_named():
+    cache = KVCache(CACHE, 8)
+    context, contexts = cache.new_context(), []
+    for _ in range(4):  # each level is read by one row fewer
+        grow(cache, context, 8)
+        context, sibling = cache.fork(context, 2)
+        contexts.append(sibling)
+    contexts.append(context)
+    threads = list(enumerate(contexts))
+    for each in contexts:
+        grow(cache, each, 1)
+    assert builder().num_partials(threads) == 5
+    check(builder(max_partials=5).build(threads, 8, 8))
+    with pytest.raises(PlanOverflow, match="needs 5 partials, at most 4"):
+        builder().build(threads, 8, 8)
+
+
+def test_refuses_what_does_not_fit():
+    cache, _, contexts = family(prompt=4, children=3, own=1)
+    with pytest.raises(ValueError, match="3 threads for 2 rows"):
+        builder().build(list(enumerate(contexts)), 2, 8)
+    for slots in ((0, 0), (0, 8)):
+        with pytest.raises(ValueError, match="slots"):
+            builder().build(list(zip(slots, contexts)), 2, 8)
+    for segment, pages in cache.swap_out(contexts[0].segments[-1:]):
+        cache.finish_swap_out(segment, pages)
+    with pytest.raises(ValueError, match="slot 0 is in host memory"):
+        builder().build([(0, contexts[0])], 1, 8)
