@@ -205,6 +205,12 @@ class ByteTokenizer:
         (Path(directory) / BYTE_TOKENIZER_FILE).write_text(content + "\n", encoding="utf-8")
 
 
+def has_tokenizer(directory: str | Path) -> bool:
+    """Whether a directory holds a file that `load_tokenizer` reads."""
+    names = ("tokenizer.json", "tokenizer.model", BYTE_TOKENIZER_FILE)
+    return any((Path(directory) / name).is_file() for name in names)
+
+
 def load_tokenizer(directory: str | Path) -> Tokenizer:
     """The tokenizer whose files lie in a directory: `tokenizer.json`, else `tokenizer.model`, else bytes.
 
@@ -315,7 +321,8 @@ def _added_pieces(directory: Path) -> dict[str, int]:
         _read_json(directory / "tokenizer_config.json").get("added_tokens_decoder", {}).items()
     ):
         added.setdefault(token["content"], int(token_id))
-    num_pieces = _sentencepiece((directory / "tokenizer.model").read_bytes(), directory).get_piece_size()
+    path = directory / "tokenizer.model"
+    num_pieces = _sentencepiece(path.read_bytes(), path).get_piece_size()
     return {piece: token_id for piece, token_id in added.items() if token_id >= num_pieces}
 
 

@@ -8,6 +8,7 @@ Examples:
   python scripts/convert_hf.py --source=~/models/llama --output=checkpoints/llama_f32 --dtype=float32
 """
 
+import sys
 from pathlib import Path
 
 import cli
@@ -16,7 +17,7 @@ from absl import flags
 from apr_jax.models.atomic import check_new_directory
 from apr_jax.models.checkpoint import save_checkpoint
 from apr_jax.models.hf import load_hf
-from apr_jax.tokenizers import load_tokenizer
+from apr_jax.tokenizers import has_tokenizer, load_tokenizer
 
 _SOURCE = flags.DEFINE_string("source", None, "The Hugging Face directory.", required=True)
 _OUTPUT = flags.DEFINE_string("output", None, "The checkpoint: a new or empty directory.", required=True)
@@ -30,7 +31,10 @@ def main() -> None:
     if not source.is_dir():
         raise ValueError(f"--source={source} is no directory")
     check_new_directory(output)
-    load_tokenizer(source)
+    if has_tokenizer(source):
+        load_tokenizer(source)  # refuses a damaged one before anything is written
+    else:
+        print(f"note: no tokenizer in {source}, so the checkpoint will have none", file=sys.stderr)
     with cli.profile():
         decoder = load_hf(source, _DTYPE.value)
         save_checkpoint(output, decoder, source)

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from apr_jax.models.checkpoint import load_checkpoint
+from apr_jax.models.checkpoint import load_checkpoint, load_decoder
 from apr_jax.models.hf import export_hf, load_hf
 from apr_jax.models.params import named_params
 from apr_jax.testing import byte_tokenizer, tiny_config, tiny_decoder
+from apr_jax.tokenizers import BYTE_TOKENIZER_FILE
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
@@ -56,10 +57,8 @@ def test_there_and_back(tmp_path, source):
         ((), "flag --output=None: Flag --output must have a value"),
         (("--source=missing", "--output=own"), "--source=missing is no directory"),
         (("--source=hf", "--output=full"), "full exists and is not empty: name a new directory"),
-        (
-            ("--source=full", "--output=own"),
-            "no tokenizer in full: expected tokenizer.json, tokenizer.model or",
-        ),
+        (("--source=full", "--output=own"), "full holds no config.json"),
+        (("--source=damaged", "--output=own"), "damaged/tokenizer.model is no sentencepiece model"),
         (
             ("--source=hf", "--output=own", "--dtype=int8"),
             "flag --dtype=int8: value should be one of <bfloat16|",
@@ -69,11 +68,22 @@ def test_there_and_back(tmp_path, source):
 def test_bad_input_is_one_line(tmp_path, source, monkeypatch, args, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "precious").write_text("data")
+    (tmp_path / "full" / BYTE_TOKENIZER_FILE).write_text('{"special_pieces": []}')
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "tokenizer.model").write_text("data")
     code, out, err = run("convert_hf.py", *args)
     assert (code, out) == (2, ""), err
     assert err.startswith("error: ") and message in err and err.count("\n") == 1, err
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "hf"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged", "full", "hf"]
+
+
+def test_a_source_without_tokenizer_converts_with_a_note(tmp_path):
+    export_hf(tmp_path / "hf", tiny_decoder())
+    code, _, err = run("convert_hf.py", f"--source={tmp_path / 'hf'}", f"--output={tmp_path / 'own'}")
+    assert code == 0 and err == f"note: no tokenizer in {tmp_path / 'hf'}, so the checkpoint will have none\n"
+    assert load_decoder(tmp_path / "own").config == tiny_config()
+    with pytest.raises(ValueError, match="no tokenizer in"):
+        load_checkpoint(tmp_path / "own")
 
 
 def test_help_shows_examples_and_flags():
