@@ -3,8 +3,8 @@
     context.segments  [ radix node | radix node | remainder | ... sealed ... | open tail ]
     token positions    [0 ......... consecutive while causal ........... next_position)
 
-Ownership: a segment holds its pages, contexts and the radix tree hold segments. Every page is free, referenced (its
-segment is held by a context) or cached (held by the tree alone): `check` recounts all three.
+Ownership: a segment holds its pages, contexts and the radix tree hold segments. Every page is free,
+referenced (its segment is held by a context) or cached (held by the tree alone): `check` recounts all three.
 """
 
 from collections.abc import Iterable, Sequence
@@ -131,10 +131,14 @@ class KVCache:
           OutOfPages: not enough pages, even after eviction; nothing has changed.
         """
         if num_tokens > self.tail_room(context):
-            raise ValueError(f"{num_tokens} tokens to reserve, the tail has room for {self.tail_room(context)}")
+            raise ValueError(
+                f"{num_tokens} tokens to reserve, the tail has room for {self.tail_room(context)}"
+            )
         if num_tokens <= 0:
             return
-        assert not any(segment.swapped for segment in context.segments), "a context in host memory cannot grow"
+        assert not any(segment.swapped for segment in context.segments), (
+            "a context in host memory cannot grow"
+        )
         needed = self.pages_needed(context, num_tokens)
         if needed > self.pool.num_free and needed > self.num_available:
             raise OutOfPages(needed, self.num_available)
@@ -199,8 +203,9 @@ class KVCache:
     def commit_prefix(self, context: Context) -> None:
         """Seals the tail's whole pages into the tree; the remainder stays the open tail, which may go away.
 
-        Where the tree already holds them, the context takes the tree's segments and frees its own pages. Does nothing
-        for a context that is not plain causal, that follows a segment outside the tree, or of older weights.
+        Where the tree already holds them, the context takes the tree's segments and frees its own pages. Does
+        nothing for a context that is not plain causal, that follows a segment outside the tree, or of older
+        weights.
         """
         tail = context.tail
         if tail is None or tail.swapped or not self.config.prefix_cache:
@@ -264,7 +269,8 @@ class KVCache:
         segment.swapped, segment.host_data = True, data
 
     def swap_in(self, segments: Sequence[Segment]) -> list[tuple[Segment, list[int]]]:
-        """Gives swapped segments pages again; the engine writes `host_data` to them, then calls `finish_swap_in`.
+        """Gives swapped segments pages again; the engine writes `host_data` to them, then calls
+        `finish_swap_in`.
 
         Returns:
           (segment, page ids) for each distinct swapped segment.
@@ -288,7 +294,9 @@ class KVCache:
     @property
     def num_cached_pages(self) -> int:
         """Pages held by the prefix cache alone."""
-        return sum(len(node.segment.pages) for node in self._tree.nodes() if node.segment and not node.segment.refs)
+        return sum(
+            len(node.segment.pages) for node in self._tree.nodes() if node.segment and not node.segment.refs
+        )
 
     @property
     def num_available(self) -> int:
@@ -302,7 +310,7 @@ class KVCache:
         return sum(self._num_used_pages(s) * self.page_size - len(s.token_ids) for s in live.values())
 
     def check(self) -> None:
-        """Recounts everything from the live contexts and the tree. Raises AssertionError at the first difference."""
+        """Recounts everything from the live contexts and the tree. AssertionError at the first difference."""
         self.pool.check()
         refs: dict[int, int] = {}
         for context in self._contexts.values():
@@ -316,7 +324,9 @@ class KVCache:
             assert not (segment.swapped and segment.pages), f"{segment} is swapped and has pages"
             used = self._num_used_pages(segment)
             if not segment.swapped:
-                assert len(segment.pages) == used or (not segment.sealed and len(segment.pages) > used), segment
+                assert len(segment.pages) == used or (not segment.sealed and len(segment.pages) > used), (
+                    segment
+                )
             for page in segment.pages:
                 assert page not in owner, f"page {page} is in segments {owner[page]} and {segment.id}"
                 assert self.pool.count(page) == 1, f"page {page} has {self.pool.count(page)} references"

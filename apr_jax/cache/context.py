@@ -11,14 +11,14 @@ _segment_ids = itertools.count(1)
 class Segment:
     """An append-only list of pages holding consecutive tokens. Only its last page may be partly filled.
 
-    A sealed segment never changes; splitting a radix node replaces it by two. It holds one reference to each of its
-    pages. A context may hold a segment several times: children that wrote the same tokens share one, and a join
-    gives the parent both.
+    A sealed segment never changes; splitting a radix node replaces it by two. It holds one reference to each
+    of its pages. A context may hold a segment several times: children that wrote the same tokens share one,
+    and a join gives the parent both.
 
     Attributes:
       start_position: the position of the first token; the others follow.
-      previous_id: the segment it continued when it began, None at a context's start. A context is plain causal where
-        each segment follows its previous one.
+      previous_id: the segment it continued when it began, None at a context's start. A context is plain
+        causal where each segment follows its previous one.
       pages: page ids; empty while swapped. Those of an open tail may reach beyond its tokens (reserved).
       token_ids: tokens that have keys.
       sealed: no more tokens come.
@@ -52,19 +52,23 @@ class Segment:
 
     def __repr__(self) -> str:
         kind = "sealed" if self.sealed else "open"
-        return f"Segment(id={self.id}, {kind}, start={self.start_position}, tokens={len(self.token_ids)}, pages={self.pages})"
+        where = f"start={self.start_position}, tokens={len(self.token_ids)}, pages={self.pages}"
+        return f"Segment(id={self.id}, {kind}, {where})"
 
 
 @dataclasses.dataclass(eq=False)
 class Context:
-    """An ordered list of segments, of which only the last, the tail, can still grow. Changed by `KVCache` alone.
+    """An ordered list of segments, of which only the last, the tail, can still grow.
+
+    Only `KVCache` changes it.
 
     Attributes:
       next_position: the position of the next token to be written.
       start_position: the position the context began at.
       segments: those read, the open tail (if any) last.
       causal: a plain causal sequence, which the prefix cache may hold by its tokens.
-      fork_index: how many of the segments came from the parent at the fork; kept right when the tree splits one.
+      fork_index: how many of the segments came from the parent at the fork; kept right when the tree splits
+        one.
       mark_index: how many segments there were at the last `mark`, or None.
       weights_version: the version of the weights its keys were computed with.
     """
@@ -105,8 +109,8 @@ def own_segments(child: Context, parent_num_segments: int | None = None) -> list
 
     Args:
       child: a context made by a fork.
-      parent_num_segments: how many came from the parent; None, the safe choice, takes what the child remembers (a
-        split in the radix tree changes the number).
+      parent_num_segments: how many came from the parent; None, the safe choice, takes what the child
+        remembers (a split in the radix tree changes the number).
     """
     first = child.fork_index if parent_num_segments is None else parent_num_segments
     return [segment for segment in child.segments[first:] if segment.token_ids]

@@ -7,10 +7,10 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
+from apr_kernels.plan import Plan
 
 from apr_jax.cache.context import Context, Segment
 from apr_jax.config import CacheConfig, EngineConfig
-from apr_kernels.plan import Plan
 
 Interval = tuple[int, int]
 
@@ -64,9 +64,9 @@ class PlanBuilder:
     def item_buckets(self, num_rows: int) -> tuple[int, ...]:
         """The declared numbers of items W for a number of rows, smallest first: two.
 
-        The smaller holds, besides full tails, 8 items of other pages a row, and shared runs of as many; the larger
-        what the whole pool can need: each page once, in runs that may each end in an item partly filled. Padding
-        items cost their metadata only, as the kernels loop over used items.
+        The smaller holds, besides full tails, 8 items of other pages a row, and shared runs of as many; the
+        larger what the whole pool can need: each page once, in runs that may end in an item partly filled.
+        Padding items cost their metadata only, as the kernels loop over used items.
         """
         tail = -(-self._max_tail_pages // self._item_pages)
         pool = -(-self._num_pages // self._item_pages)
@@ -92,15 +92,15 @@ class PlanBuilder:
         """Builds the plan of a step.
 
         Args:
-          threads: (slot, context) of each; slots are distinct. The row a thread gets is where its slot stands in
-            `row_slot`: rows are sorted so that the readers of a segment are an interval.
+          threads: (slot, context) of each; slots are distinct. The row a thread gets is where its slot stands
+            in `row_slot`: rows are sorted so that the readers of a segment are an interval.
           num_rows: R, at least the number of threads.
           num_slots: S.
           num_items: W, one of `item_buckets(num_rows)`; None takes the smallest that holds the plan.
 
         Returns:
-          A plan of numpy arrays. Tails' items cover their reserved pages; how many of their tokens are valid comes
-          from tail_len on the device.
+          A plan of numpy arrays. Tails' items cover their reserved pages; how many of their tokens are valid
+          comes from tail_len on the device.
 
         Raises:
           PlanOverflow: a row needs more than P partials, or all rows more than W items.
@@ -143,8 +143,8 @@ class PlanBuilder:
     def _runs(self, threads: Sequence[tuple[int, Context]]) -> tuple[list[_Run], list[_Run]]:
         """Shared runs, in order of first use, and one private run a row that has private pages.
 
-        All pages with the same readers form one run: the order of a context's pages does not matter to attention,
-        as positions are in the keys and validity in fills.
+        All pages with the same readers form one run: the order of a context's pages does not matter to
+        attention, as positions are in the keys and validity in fills.
         """
         shared: dict[Interval, _Run] = {}
         private = [_Run((row, row + 1)) for row in range(len(threads))]
@@ -220,7 +220,7 @@ class PlanBuilder:
             w += 1
 
     def _num_shared_for(self, num_rows: int, num_items: int) -> int:
-        """Shared items of a bucket: none for one row; a run of each of the R - 1 nested intervals may end unfilled."""
+        """Shared items of a bucket: none for one row; each of R nested intervals' runs may end unfilled."""
         return 0 if num_rows == 1 else num_items + num_rows
 
     def _bucket(self, num_rows: int, num_items: int | None, shared: int, private: int) -> tuple[int, int]:

@@ -31,7 +31,8 @@ class RadixTree:
 
     Args:
       page_size: tokens a page.
-      on_split: called with a segment that has been split; it must put `split_into` in its place wherever it is held.
+      on_split: called with a segment that has been split; it must put `split_into` in its place wherever it
+        is held.
       on_free: called with a segment that has left the tree and that no context holds.
     """
 
@@ -64,8 +65,10 @@ class RadixTree:
             node = node.parent
 
     def walk(self, node: Node, token_ids: Sequence[int]) -> list[Node]:
-        """The nodes below `node` that hold the whole pages token_ids begins with. Splits the last one if it is held
-        in part only."""
+        """The nodes below `node` that hold the whole pages token_ids begins with.
+
+        Splits the last one if token_ids hold a part of it only.
+        """
         size = self._page_size
         path: list[Node] = []
         at = 0
@@ -127,7 +130,7 @@ class RadixTree:
         return sum(count(root)[0] for root in self._roots.values())
 
     def evict(self, num_pages: int, release: Callable[[int], None]) -> None:
-        """Releases the last pages of the least recently used leaves that no context holds, num_pages if there are."""
+        """Releases up to num_pages pages, the last ones of the least recently used leaves nobody holds."""
         heap = [(node.last_used, id(node), node) for node in self.nodes() if _is_evictable(node)]
         heapq.heapify(heap)
         while num_pages > 0 and heap:
@@ -195,7 +198,9 @@ class RadixTree:
 
 
 def _is_evictable(node: Node) -> bool:
-    return node.segment is not None and node.parent is not None and not node.children and node.segment.refs == 0
+    return (
+        node.segment is not None and node.parent is not None and not node.children and node.segment.refs == 0
+    )
 
 
 def _descendants(node: Node) -> Iterator[Node]:

@@ -1,7 +1,8 @@
 """Cases shared by tests and benchmarks: who reads what, in which shapes, with the data to fill it.
 
-A case names segments (sealed, of a given number of tokens) and rows; `build` lays them out in pages in random order,
-fills all that is unused with NaN, and makes a plan the simple way, one run a segment and interval of readers.
+A case names segments (sealed, of a given number of tokens) and rows; `build` lays them out in pages in random
+order, fills all that is unused with NaN, and makes a plan the simple way, one run a segment and interval of
+readers.
 """
 
 import dataclasses
@@ -43,8 +44,8 @@ class Case:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CaseData:
-    """What `build` makes. Arrays are numpy; `context` holds, for each row, keys and values [n, K, D] it reads besides
-    the call's own tokens, in any order."""
+    """What `build` makes. Arrays are numpy; `context` holds, for each row, keys and values [n, K, D] it reads
+    besides the call's own tokens, in any order."""
 
     case: Case
     kv_pages: KVPages
@@ -60,7 +61,12 @@ class CaseData:
 
 def _rows(*rows: tuple[tuple[str, ...], int], queries: tuple[int, ...] | None = None) -> tuple[Row, ...]:
     return tuple(
-        Row(segments=names, tail_len=tail, num_queries=1 if queries is None else queries[i], slot=(i * 5 + 2) % 12)
+        Row(
+            segments=names,
+            tail_len=tail,
+            num_queries=1 if queries is None else queries[i],
+            slot=(i * 5 + 2) % 12,
+        )
         for i, (names, tail) in enumerate(rows)
     )
 
@@ -80,13 +86,18 @@ CASES = (
         name="tree",
         segments={"root": 40, "left": 21, "right": 9, "leaf": 64},
         rows=_rows(
-            (("root", "left"), 5), (("root", "left", "leaf"), 2), (("root", "left", "leaf"), 90), (("root", "right"), 0)
+            (("root", "left"), 5),
+            (("root", "left", "leaf"), 2),
+            (("root", "left", "leaf"), 90),
+            (("root", "right"), 0),
         ),
     ),
     Case(  # a join of joins: partly filled pages in the middle, segments of one token
         name="joined",
         segments={"p": 33, "a": 1, "b": 17, "c": 5, "d": 48, "other": 20},
-        rows=_rows((("p", "a", "b", "c", "d"), 7), (("p", "a", "b"), 1), (("other",), 12), (("other", "d"), 0)),
+        rows=_rows(
+            (("p", "a", "b", "c", "d"), 7), (("p", "a", "b"), 1), (("other",), 12), (("other", "d"), 0)
+        ),
     ),
     Case(
         name="one_kv_head",
@@ -128,7 +139,11 @@ def build(case: Case, rng: np.random.Generator, dtype=np.float32) -> CaseData:
     contexts, tails = [], []
     segments = {name: layout.add(length) for name, length in case.segments.items()}
     for row in case.rows:
-        tail = layout.add(row.tail_len, row.tail_len + row.num_queries) if row.slot is not None else ([], *layout.empty)
+        tail = (
+            layout.add(row.tail_len, row.tail_len + row.num_queries)
+            if row.slot is not None
+            else ([], *layout.empty)
+        )
         tails.append(tail[0])
         parts = [tail[1:], *(segments[name][1:] for name in row.segments)]
         contexts.append(tuple(np.concatenate([part[i] for part in parts]) for i in range(2)))
@@ -168,7 +183,8 @@ class _Layout:
         self.rng, self.case, self.dtype = rng, case, dtype
         self.free = [int(page) for page in rng.permutation(np.arange(1, num_pages))]
         self.k, self.v = (
-            np.full((case.num_kv_heads, num_pages, case.page_size, case.head_dim), np.nan, dtype) for _ in range(2)
+            np.full((case.num_kv_heads, num_pages, case.page_size, case.head_dim), np.nan, dtype)
+            for _ in range(2)
         )
         self.empty = tuple(np.zeros((0, case.num_kv_heads, case.head_dim), dtype) for _ in range(2))
 
@@ -178,7 +194,9 @@ class _Layout:
         pages = [self.free.pop() for _ in range(-(-(reserved or length) // size))]
         written = []
         for store in (self.k, self.v):
-            data = self.rng.normal(size=(length, self.case.num_kv_heads, self.case.head_dim)).astype(self.dtype)
+            data = self.rng.normal(size=(length, self.case.num_kv_heads, self.case.head_dim)).astype(
+                self.dtype
+            )
             for i in range(0, length, size):
                 part = data[i : i + size]
                 store[:, pages[i // size]] = 0

@@ -1,7 +1,7 @@
 """The page store of one layer.
 
-Letters: N pages (page 0 is the null page: reads of it are masked, nothing is written to it), P token positions a
-page, K KV heads, D head dim.
+Letters: N pages (page 0 is the null page: reads of it are masked, nothing is written to it), P token
+positions a page, K KV heads, D head dim.
 """
 
 import dataclasses
@@ -20,7 +20,8 @@ NULL_PAGE = 0
 )
 @dataclasses.dataclass(frozen=True)
 class KVPages:
-    """Keys and values of one layer, by page. Opaque to everything outside this package; donated at every entry.
+    """Keys and values of one layer, by page. Opaque to everything outside this package; donated at every
+    entry.
 
     Attributes:
       k: [K, N, P, D] rotated keys.
@@ -28,8 +29,8 @@ class KVPages:
       page_size: P.
       num_kv_heads: K.
       head_dim: D.
-      format: the name of the layout; "head_major" is the one of the plain-JAX kernels. Heads lead, so that a gather
-        of pages is already the batched operand of both matrix products, with no transpose.
+      format: the name of the layout; "head_major" is the one of the plain-JAX kernels. Heads lead, so that a
+        gather of pages is already the batched operand of both matrix products, with no transpose.
     """
 
     k: jax.Array

@@ -11,7 +11,8 @@ import jax
 import numpy as np
 
 DATA_FIELDS = (
-    "pages", "fills", "rows", "tail_slot", "tail_offset", "row_slot", "tail_pages", "partial_start", "partials",
+    "pages", "fills", "rows", "tail_slot", "tail_offset", "row_slot", "tail_pages", "partial_start",
+    "partials",
 )  # fmt: skip
 
 
@@ -28,11 +29,11 @@ class Plan:
       tail_offset: i32[W] token index, in that tail, of the item's first slot.
       row_slot: i32[R] the slot each row serves; S is padding.
       tail_pages: i32[S, M] the pages of each tail, 0 beyond the end.
-      partial_start: i32[W] reader j of item w writes partial partial_start[w] + j; adjacent items with the same rows
-        and partial_start are one run, accumulated together and written once.
+      partial_start: i32[W] reader j of item w writes partial partial_start[w] + j; adjacent items with the
+        same rows and partial_start are one run, accumulated together and written once.
       partials: i32[R, P] where each row's partial results lie, -1: none.
-      num_shared: items [0, num_shared) may have any number of readers; items [num_shared, W), tails among them, have
-        at most one. Used items come first in each of the two ranges.
+      num_shared: items [0, num_shared) may have any number of readers; items [num_shared, W), tails among
+        them, have at most one. Used items come first in each of the two ranges.
     """
 
     pages: Any
@@ -68,7 +69,7 @@ class Plan:
 
     @property
     def num_partials(self) -> int:
-        """Partial results a kernel must have room for: every reader of every item, in the worst case R * P."""
+        """Partial results a kernel must have room for: P a row, in the worst case."""
         return self.partials.shape[0] * self.partials.shape[1]
 
 
@@ -125,7 +126,9 @@ def validate_plan(plan: Plan, *, num_pages: int, page_size: int) -> None:
     _require(np.all((plan.fills >= 0) & (plan.fills <= page_size)), f"plan.fills outside [0, {page_size}]")
     _require(not np.any((plan.pages == 0) & (plan.fills > 0)), "the null page has a fill above 0")
     lo, hi = plan.rows[:, 0], plan.rows[:, 1]
-    _require(np.all((lo >= 0) & (lo <= hi) & (hi <= plan.num_rows)), f"plan.rows outside [0, {plan.num_rows}]")
+    _require(
+        np.all((lo >= 0) & (lo <= hi) & (hi <= plan.num_rows)), f"plan.rows outside [0, {plan.num_rows}]"
+    )
     readers = hi - lo
     _require(np.all(readers[plan.num_shared :] <= 1), "a private item has more than one reader")
     _used_prefix(readers[: plan.num_shared] > 0, "shared")
@@ -136,7 +139,9 @@ def validate_plan(plan: Plan, *, num_pages: int, page_size: int) -> None:
 
 def _validate_slots(plan: Plan, num_slots: int, page_size: int) -> None:
     served = plan.row_slot[plan.row_slot < num_slots]
-    _require(np.all((plan.row_slot >= 0) & (plan.row_slot <= num_slots)), f"row_slot outside [0, {num_slots}]")
+    _require(
+        np.all((plan.row_slot >= 0) & (plan.row_slot <= num_slots)), f"row_slot outside [0, {num_slots}]"
+    )
     _require(len(np.unique(served)) == len(served), "two rows serve one slot")
     owned = plan.tail_pages[plan.tail_pages > 0]
     _require(len(np.unique(owned)) == len(owned), "a page is in two places of plan.tail_pages")
@@ -146,7 +151,9 @@ def _validate_slots(plan: Plan, num_slots: int, page_size: int) -> None:
         _require(0 <= slot < num_slots, f"plan.tail_slot[{w}] is {slot}, must be in [-1, {num_slots})")
         _require(plan.rows[w, 1] - plan.rows[w, 0] == 1, f"tail item {w} has no single reader")
         _require(plan.row_slot[plan.rows[w, 0]] == slot, f"tail item {w} is read by another slot than {slot}")
-        _require(offset >= 0 and offset % page_size == 0, f"plan.tail_offset[{w}] is {offset}, not a page's start")
+        _require(
+            offset >= 0 and offset % page_size == 0, f"plan.tail_offset[{w}] is {offset}, not a page's start"
+        )
         first = offset // page_size
         pages = np.zeros(plan.item_pages, np.int64)
         owned = plan.tail_pages[slot, first : first + plan.item_pages]
@@ -164,7 +171,10 @@ def _validate_partials(plan: Plan) -> None:
         if hi > lo and run != previous:
             for row in range(lo, hi):
                 index = start + row - lo
-                _require(0 <= index < plan.num_partials, f"partial {index} of item {w} outside [0, {plan.num_partials})")
+                _require(
+                    0 <= index < plan.num_partials,
+                    f"partial {index} of item {w} outside [0, {plan.num_partials})",
+                )
                 _require(index not in written, f"partial {index} is written by two runs")
                 written[index] = row
         previous = run

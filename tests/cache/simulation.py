@@ -1,8 +1,9 @@
 """A brute-force model of the cache: every context is a list of what its queries must see.
 
-Device memory is a dict from (page, slot) to a content. A token's content is a hash of itself, its position and all
-that its context saw before: two pages may stand for each other only if their contents are equal, so that a wrong
-adoption, a page freed too early or a wrong claim of causality shows as a wrong content.
+Device memory is a dict from (page, slot) to a content. A token's content is a hash of itself, its position
+and all
+that its context saw before: two pages may stand for each other only if their contents are equal, so that a
+wrong adoption, a page freed too early or a wrong claim of causality shows as a wrong content.
 """
 
 import dataclasses
@@ -182,7 +183,9 @@ class Simulation:
         ready = [
             parent
             for parent in self.threads
-            if parent in parents and not parent.swapped and not any(map(self.is_suspended, self.children(parent)))
+            if parent in parents
+            and not parent.swapped
+            and not any(map(self.is_suspended, self.children(parent)))
         ]
         if not ready:
             return
@@ -224,7 +227,12 @@ class Simulation:
     def swap_out(self, choice: int, mask: int) -> None:
         """Preempts some threads: what they alone read goes to host memory."""
         chosen = [t for i, t in enumerate(self.threads) if (mask >> i) & 1 and not t.swapped]
-        others = {segment for t in self.threads if t not in chosen and not t.swapped for segment in t.context.segments}
+        others = {
+            segment
+            for t in self.threads
+            if t not in chosen and not t.swapped
+            for segment in t.context.segments
+        }
         for thread in chosen:
             self.cache.trim(thread.context)
             thread.swapped = True
@@ -295,8 +303,8 @@ class Simulation:
         return found
 
     OPERATIONS = (
-        "new", "match", "append", "append", "append", "rollback", "seal", "commit", "trim", "mark", "fork", "fork",
-        "join", "join", "release", "swap_out", "swap_in", "swap_in", "flush", "plan",
+        "new", "match", "append", "append", "append", "rollback", "seal", "commit", "trim", "mark", "fork",
+        "fork", "join", "join", "release", "swap_out", "swap_in", "swap_in", "flush", "plan",
     )  # fmt: skip
 
     def run(self, operations: list[tuple[int, int, int]]) -> None:

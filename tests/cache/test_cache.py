@@ -7,7 +7,9 @@ from apr_jax.config import CacheConfig
 from apr_jax.types import OutOfPages
 
 
-def make(num_pages: int = 33, page_size: int = 4, prefix_cache: bool = True, max_tail_pages: int = 4) -> KVCache:
+def make(
+    num_pages: int = 33, page_size: int = 4, prefix_cache: bool = True, max_tail_pages: int = 4
+) -> KVCache:
     config = CacheConfig(page_size=page_size, num_pages=num_pages, prefix_cache=prefix_cache)
     return KVCache(config, max_tail_pages)
 
@@ -144,6 +146,37 @@ def test_conclusion_takes_what_follows_the_last_mark():
     cache.join(parent, [marked_segments(child)], child.next_position)
     assert all_tokens(parent) == [*range(5), 4, 5]
     assert parent.next_position == 10 and not parent.causal
+
+
+def test_a_gap_in_positions_is_not_causal():
+    cache = make()
+    parent = cache.new_context()
+    write(cache, parent, range(4))
+    (child,) = cache.fork(parent, 1)
+    write(cache, child, range(4))
+    cache.mark(child)
+    cache.join(parent, [marked_segments(child)], child.next_position)  # an empty conclusion
+    assert not parent.causal and parent.next_position == 8
+    write(cache, parent, range(4))
+    cache.seal(parent)
+    assert parent.segments[-1].start_position == 8 and parent.segments[-1].node is None
+
+
+def test_forks_and_marks_survive_a_split():
+    cache = make(page_size=2)
+    parent = cache.new_context()
+    write(cache, parent, range(6))
+    (child,) = cache.fork(parent, 1)
+    write(cache, child, [10, 11])
+    cache.mark(child)
+    write(cache, child, [12])
+    cache.seal(child)
+    assert (child.fork_index, child.mark_index, len(child.segments)) == (1, 2, 3)
+    cache.match_prefix([0, 1, 2])
+    assert (child.fork_index, child.mark_index, len(child.segments)) == (2, 3, 4)
+    assert [s.token_ids for s in own_segments(child)] == [[10, 11], [12]]
+    assert [s.token_ids for s in marked_segments(child)] == [[12]]
+    assert parent.segments == child.segments[:2]
 
 
 def test_identical_children_share_pages_and_both_count():

@@ -1,7 +1,7 @@
 """Forked and joined logits equal a dense forward pass with explicit mask and positions.
 
-The cache, the plan and the kernels are driven directly, one thread a call or all children as rows of one, so that a
-failure is theirs and not the engine's.
+The cache, the plan and the kernels are driven directly, one thread a call or all children as rows of one, so
+that a failure is theirs and not the engine's.
 """
 
 import dataclasses
@@ -22,7 +22,14 @@ from apr_jax.models.decoder import Decoder
 from apr_jax.models.dense import dense_logits
 
 CONFIG = ModelConfig(
-    vocab_size=61, d_model=24, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, d_ff=32, max_position=512
+    vocab_size=61,
+    d_model=24,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    d_ff=32,
+    max_position=512,
 )
 NUM_SLOTS = 6
 CHUNK = 24  # tokens a row and call
@@ -75,7 +82,9 @@ class Harness:
         slots = {(2 * i + 1) % NUM_SLOTS: each for i, each in enumerate(lengths)}
         for seen, length in lengths:
             self.cache.reserve(seen.context, length)
-        plan = self.plans.build([(slot, seen.context) for slot, (seen, _) in slots.items()], NUM_ROWS, NUM_SLOTS)
+        plan = self.plans.build(
+            [(slot, seen.context) for slot, (seen, _) in slots.items()], NUM_ROWS, NUM_SLOTS
+        )
         validate_plan(plan, num_pages=self.cache.config.num_pages, page_size=self.cache.page_size)
         tail_len = np.zeros(NUM_SLOTS, np.int32)
         for row, slot in enumerate(plan.row_slot):
@@ -89,7 +98,9 @@ class Harness:
         for row, slot in enumerate(plan.row_slot):
             if slot < NUM_SLOTS:
                 seen, length = slots[int(slot)]
-                self._note(seen, tokens[row, :length], positions[row, :length], np.asarray(logits[row, :length]))
+                self._note(
+                    seen, tokens[row, :length], positions[row, :length], np.asarray(logits[row, :length])
+                )
 
     def _note(self, seen: Seen, tokens, positions, logits) -> None:
         for token, position, row in zip(tokens, positions, logits):
@@ -121,7 +132,9 @@ class Harness:
         mask = np.zeros((DENSE_TOKENS, DENSE_TOKENS), bool)
         for token, visible in enumerate(self.masks):
             mask[token, visible] = True
-        padded = (np.pad(np.array(each, np.int32), (0, DENSE_TOKENS - n)) for each in (self.tokens, self.positions))
+        padded = (
+            np.pad(np.array(each, np.int32), (0, DENSE_TOKENS - n)) for each in (self.tokens, self.positions)
+        )
         want = np.asarray(_dense(self.decoder, *padded, mask))[:n]
         np.testing.assert_allclose(np.stack(self.logits), want, atol=1e-4, rtol=1e-4)
 
@@ -131,7 +144,7 @@ _dense = jax.jit(dense_logits)
 
 @jax.jit
 def _step(decoder, tokens, positions, pages, plan, tail_len, num_queries):
-    """Rows through the decoder, layer by layer: `attend` swaps the rows' axis out of vmap by collecting q, k and v."""
+    """Rows through the decoder under vmap; `attend_rows` collects q, k and v of all of them."""
 
     @jax.custom_batching.custom_vmap
     def attend_rows(q, k, v, layer, plan, tail_len, num_queries):

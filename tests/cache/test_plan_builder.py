@@ -12,7 +12,10 @@ CACHE = CacheConfig(page_size=4, num_pages=200, prefix_cache=False)
 
 def builder(**settings) -> PlanBuilder:
     return PlanBuilder(
-        CACHE, EngineConfig(**{"max_tail_pages": 8, "item_pages": 2, "min_shared_tokens": 8, "max_partials": 4, **settings})
+        CACHE,
+        EngineConfig(
+            **{"max_tail_pages": 8, "item_pages": 2, "min_shared_tokens": 8, "max_partials": 4, **settings}
+        ),
     )
 
 
@@ -72,7 +75,10 @@ def test_short_segments_of_the_same_readers_are_packed():
     plan = builder().build(list(enumerate(readers)), 2, 8)
     check(plan)
     shared = [w for w in used(plan) if w < plan.num_shared]
-    assert plan.fills[shared].tolist() == [[3, 3], [3, 0]]  # nine tokens in three partly filled pages, one run
+    assert plan.fills[shared].tolist() == [
+        [3, 3],
+        [3, 0],
+    ]  # nine tokens in three partly filled pages, one run
 
 
 def test_rows_are_sorted_across_families():

@@ -23,9 +23,9 @@ def check_call(kv_pages: KVPages, plan: Plan, tail_len, num_queries, num_rows: i
 def kv_update(kv_pages: KVPages, k, v, plan: Plan, tail_len, num_queries) -> KVPages:
     """Appends each row's new keys and values to the tail of the slot it serves.
 
-    Token t of row r becomes token tail_len[slot] + t of the tail of slot plan.row_slot[r]. Tokens t >= num_queries[r]
-    and rows of padding write nothing, nor does a token whose page is not reserved. Writing a page's first slot zeroes
-    its other slots: unused slots are finite. Donate kv_pages: the write is then in place.
+    Token t of row r becomes token tail_len[slot] + t of the tail of slot plan.row_slot[r]. Tokens t >=
+    num_queries[r] and rows of padding write nothing, nor does a token whose page is not reserved. Writing a
+    page's first slot zeroes its other slots: unused slots are finite. Donate kv_pages: the write is in place.
 
     Args:
       kv_pages: the layer's pages.

@@ -1,6 +1,7 @@
 """Plain jax.numpy write of new keys and values, whole pages at a time.
 
-Letters: R rows, T tokens a row, J pages that T tokens may touch, K KV heads, N pages, P positions a page, D head dim.
+Letters: R rows, T tokens a row, J pages that T tokens may touch, K KV heads, N pages, P positions a page, D
+head dim.
 """
 
 import dataclasses
@@ -14,15 +15,17 @@ from apr_kernels.plan import Plan
 def kv_update(kv_pages: KVPages, k, v, plan: Plan, tail_len, num_queries) -> KVPages:
     """See `apr_kernels.kv_update.api.kv_update`.
 
-    The touched pages are read, changed and written back whole, which makes zeroing a fresh page's other slots part of
-    the same write. Page sets of rows are disjoint, so the scatter's order does not matter.
+    The touched pages are read, changed and written back whole, which makes zeroing a fresh page's other slots
+    part of the same write. Page sets of rows are disjoint, so the scatter's order does not matter.
     """
     num_rows, num_tokens = k.shape[:2]
     page_size = kv_pages.page_size
     touched = 1 if num_tokens == 1 else (num_tokens + page_size - 2) // page_size + 1  # J
     start = tail_len.at[plan.row_slot].get(mode="fill", fill_value=0)  # [R]
     page_idx = start[:, None] // page_size + jnp.arange(touched)  # [R, J]
-    token = page_idx[..., None] * page_size + jnp.arange(page_size) - start[:, None, None]  # [R, J, P] index in T
+    token = (
+        page_idx[..., None] * page_size + jnp.arange(page_size) - start[:, None, None]
+    )  # [R, J, P] index in T
     is_new = (token >= 0) & (token < num_queries[:, None, None])
     page_ids = plan.tail_pages.at[plan.row_slot[:, None], page_idx].get(mode="fill", fill_value=NULL_PAGE)
     writes = is_new.any(-1) & (page_ids != NULL_PAGE)
