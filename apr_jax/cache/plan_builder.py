@@ -231,6 +231,8 @@ class PlanBuilder:
             num_shared = self.num_shared(num_rows, size)
             if shared <= num_shared and private <= size - num_shared:
                 return size, num_shared
+        size = buckets[-1] if num_items is None else num_items
+        num_shared = self.num_shared(num_rows, size)
         if shared > num_shared:
             raise PlanOverflow("items", shared, num_shared)
         raise PlanOverflow("items", private, size - num_shared)

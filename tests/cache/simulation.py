@@ -93,7 +93,7 @@ class Simulation:
             self.threads.append(Thread(context, [], tokens, position=start % 3))
 
     def match(self, choice: int, length: int) -> None:
-        """Looks up what some thread has, cut or followed by another token."""
+        """Looks up what some thread has, cut, and followed by another token."""
         thread = self.pick(choice)
         if thread is None or thread.tokens is None or len(self.threads) >= 8:
             return
@@ -106,13 +106,15 @@ class Simulation:
             seen.append(hash((token, position, tuple(seen))))
         self.threads.append(Thread(context, seen, tokens[:matched], position=matched))
 
-    def append(self, choice: int, length: int) -> None:
-        thread = self.pick(choice)
-        if thread is None:
-            return
+    def append(self, choice: int, bits: int) -> None:
+        if thread := self.pick(choice):
+            self.write_tokens(thread, 1 + bits % 13, bits // 13)
+
+    def write_tokens(self, thread: Thread, length: int, bits: int) -> None:
+        """Reserves, writes and notes tokens of two kinds, mostly alike: prefixes are to be shared often."""
         context = thread.context
-        length = min(1 + length % 17, self.cache.tail_room(context))
-        tokens = [(choice + i) % 2 for i in range(length)]
+        length = min(length, self.cache.tail_room(context))
+        tokens = [bits >> i & 1 for i in range(length)]
         before = self.counts(context)
         needed = self.cache.pages_needed(context, length)
         free = self.cache.num_available
@@ -167,15 +169,17 @@ class Simulation:
             self.cache.mark(thread.context)
             thread.marked_from = len(thread.seen)
 
-    def fork(self, choice: int, n: int) -> None:
+    def fork(self, choice: int, bits: int) -> None:
         thread = self.pick(choice)
-        n = 1 + n % 3
+        n = 1 + bits % 3
         if thread is None or len(self.threads) + n > 10:
             return
         for context in self.cache.fork(thread.context, n):
             tokens = None if thread.tokens is None else list(thread.tokens)
             child = Thread(context, list(thread.seen), tokens, thread.position, thread, len(thread.seen))
             self.threads.append(child)
+            self.write_tokens(child, bits % 7, bits >> 3)
+            bits //= 5
 
     def join(self, choice: int, mode: int) -> None:
         """Joins all children of a thread whose children have none and are on the device."""
@@ -226,7 +230,7 @@ class Simulation:
 
     def swap_out(self, choice: int, mask: int) -> None:
         """Preempts some threads: what they alone read goes to host memory."""
-        chosen = [t for i, t in enumerate(self.threads) if (mask >> i) & 1 and not t.swapped]
+        chosen = [t for i, t in enumerate(self.threads) if i % 4 == mask % 4 and not t.swapped]
         others = {
             segment
             for t in self.threads
@@ -258,7 +262,7 @@ class Simulation:
         thread.swapped = False
 
     def flush(self, choice: int, _: int) -> None:
-        if choice % 4 == 0:
+        if choice % 8 == 0:
             self.cache.flush_prefix_cache()
             assert self.cache.num_cached_pages == 0
 
@@ -303,8 +307,9 @@ class Simulation:
         return found
 
     OPERATIONS = (
-        "new", "match", "append", "append", "append", "rollback", "seal", "commit", "trim", "mark", "fork",
-        "fork", "join", "join", "release", "swap_out", "swap_in", "swap_in", "flush", "plan",
+        "new", "match", "append", "append", "append", "append", "rollback", "seal", "commit", "trim", "mark",
+        "fork", "fork", "join", "join", "join", "release", "swap_out", "swap_in", "swap_in", "swap_in",
+        "flush", "plan",
     )  # fmt: skip
 
     def run(self, operations: list[tuple[int, int, int]]) -> None:

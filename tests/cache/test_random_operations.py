@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from tests.cache.simulation import Simulation
 
-OPERATION = st.tuples(st.integers(0, 19), st.integers(0, 15), st.integers(0, 1023))
+OPERATION = st.tuples(st.integers(0, 22), st.integers(0, 15), st.integers(0, 1023))
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
@@ -26,5 +26,5 @@ def test_any_sequence(num_pages, page_size, prefix_cache, operations):
 @pytest.mark.parametrize(("num_pages", "page_size"), [(20, 1), (60, 1), (200, 1), (40, 2), (9, 4), (60, 4)])
 def test_long_sequences(seed, num_pages, page_size):
     rng = random.Random(seed)
-    operations = [(rng.randrange(20), rng.randrange(16), rng.randrange(1024)) for _ in range(500)]
+    operations = [(rng.randrange(23), rng.randrange(16), rng.randrange(1024)) for _ in range(500)]
     Simulation(num_pages, page_size).run(operations)
