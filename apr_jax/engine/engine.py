@@ -84,8 +84,10 @@ class EngineCore(Loop):
             child = self._new_thread(thread.family, thread, path, child_params, context)
             child.start_position = context.next_position + len(carried)
             child.pending = list(carried)
+            child.num_carried = len(carried)
             self._force(child, ids)
             children.append(child)
+        thread.carried = carried
         self._suspend(thread, children, spawned=False)
         return children
 
@@ -175,7 +177,9 @@ class EngineCore(Loop):
         parts, position, again = self._parts(thread, children, mode)
         self.cache.join(thread.context, parts, position)
         seconds = time.perf_counter() - started
-        thread.pending = handed + again
+        # Tokens that the fork carried come with a child's segments, if one is joined.
+        thread.pending = (handed if handed or any(parts) else thread.carried) + again
+        thread.carried = []
         record = JoinRecord(len(thread.token_ids), tuple(children), mode)
         thread.joins.append(record)
         for child in thread.children:
@@ -211,8 +215,15 @@ class EngineCore(Loop):
             assert child.context is not None
             self.cache.seal(child.context)
             contexts.append(child.context)
-        take = marked_segments if mode == "conclusion" else own_segments
-        parts = [take(context) for context in contexts]
+        parts = [own_segments(context) for context in contexts]
+        if thread.carried:  # each child's first segment holds them; the first child's is enough
+            parts[1:] = [part[1:] for part in parts[1:]]
+        if mode == "conclusion":
+            kept = parts[0][:1] if parts and thread.carried else []
+            spans = [marked_segments(context) for context in contexts]
+            parts = [[s for s in part if s in span] for part, span in zip(parts, spans, strict=True)]
+            if kept and kept[0] not in parts[0]:
+                parts[0] = kept + parts[0]
         if mode in ("select", "prefill"):
             position = contexts[0].next_position if contexts else position
         else:

@@ -384,6 +384,10 @@ class Loop:
         context = thread.context
         assert context is not None
         self.cache.advance(context, token_ids)
+        if thread.num_carried and token_ids:
+            thread.num_carried -= len(token_ids)
+            if thread.num_carried == 0:
+                self.cache.seal(context)
         counters = thread.family.counters
         counters.max_context_tokens = max(counters.max_context_tokens, context.num_tokens)
 

@@ -128,15 +128,7 @@ class Runner:
         """Runs up to K steps and waits for what they sampled. Donates the pages."""
         self.num_dispatches += 1
         self.num_fetches += 1
-        ints = np.stack([getattr(batch, name).astype(np.int32) for name in _INTS], axis=1)
-        ints = np.concatenate(
-            [ints, batch.key.view(np.int32), batch.forced, batch.stop_ids, batch.drain, batch.banned_ids], axis=1
-        ).astype(np.int32)
-        floats = np.stack([getattr(batch, name) for name in _FLOATS], axis=1)
-        seen = self._nothing_seen(len(ints)) if batch.seen is None else batch.seen
-        self.pages, packed = self._decode(
-            self.params, self.pages, batch.plan, batch.tail_len, ints, floats, seen
-        )
+        self.pages, packed = self._decode(self.params, self.pages, *self._decode_inputs(batch))
         num_steps = self.config.steps_per_dispatch
         fetched = np.asarray(packed)
         return DecodeResult(
@@ -144,6 +136,19 @@ class Runner:
             logprobs=fetched[:, num_steps : 2 * num_steps].copy().view(np.float32),
             num_fed=fetched[:, 2 * num_steps],
         )
+
+    def decode_memory(self, batch: DecodeBatch):
+        """XLA's memory analysis of the decode program for this batch's shapes; compiles it anew."""
+        return self._decode.lower(self.params, self.pages, *self._decode_inputs(batch)).compile().memory_analysis()
+
+    def _decode_inputs(self, batch: DecodeBatch) -> tuple:
+        """The batch as few arrays: (plan, tail_len, ints [R, ...], floats [R, 4], seen)."""
+        ints = [getattr(batch, name).astype(np.int32) for name in _INTS]
+        blocks = [batch.key.view(np.int32), batch.forced, batch.stop_ids, batch.drain, batch.banned_ids]
+        packed = np.concatenate([np.stack(ints, axis=1), *blocks], axis=1).astype(np.int32)
+        floats = np.stack([getattr(batch, name) for name in _FLOATS], axis=1)
+        seen = self._nothing_seen(len(packed)) if batch.seen is None else batch.seen
+        return batch.plan, batch.tail_len, packed, floats, seen
 
     def _nothing_seen(self, num_rows: int) -> jax.Array:
         """bool[R, V] of False that stays on the device: most batches have no penalty to count for."""

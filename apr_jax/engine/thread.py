@@ -74,7 +74,6 @@ class Family:
         self.seed = seed
         self.threads: list[Thread] = []
         self.counters = Counters()
-        self.preempted = False
 
     @property
     def root(self) -> "Thread":
@@ -98,7 +97,9 @@ class Thread:
       path: (fork number of the parent, ordinal) from the root: what the random keys fold in.
       context: what the thread attends to; None once released.
       joins: this thread's joins, in order.
-      suspended: holds no slot and some of its segments are in host memory.
+      carried: of a parent: the tokens that its fork left without keys and put before every child's.
+      num_carried: of a child: how many of those it has still to feed; they become a segment of their own, so that
+        a join can count them once.
     """
 
     id: int
@@ -118,7 +119,8 @@ class Thread:
     status: Status = Status.WAITING
     stop: Stop | None = None
     slot: int | None = None
-    suspended: bool = False
+    carried: list[int] = dataclasses.field(default_factory=list)
+    num_carried: int = 0
     num_forks: int = 0
     num_sampled: int = 0  # over the thread's whole life; what the random keys count
     budget: int = 0  # tokens it may still sample before it stops with `length`

@@ -17,6 +17,7 @@ class Family:
         self.vocab_size = vocab_size
         self.greedy = greedy
         self.log: list[tuple] = []
+        self.marks: dict[int, int] = {}  # thread id -> its number of tokens when it was last marked
 
     def ids(self, low: int, high: int) -> list[int]:
         return [int(i) for i in self.rng.integers(1, self.vocab_size, self.rng.integers(low, high))]
@@ -43,6 +44,7 @@ class Family:
         yield [root]
         yield from self.grow(engine, root, depth=0)
         self.record(root)
+        self.root = root
         engine.release(root)
 
     def grow(self, engine: EngineCore, thread: Thread, depth: int):
@@ -60,6 +62,7 @@ class Family:
                     yield from self.grow(engine, child, depth + 1)
                 if self.rng.random() < 0.3:
                     engine.mark(child)
+                    self.marks[child.id] = len(child.token_ids)
                     engine.append(child, self.ids(1, 6), sampling=self.params())
                     yield [child]
                 self.record(child)
