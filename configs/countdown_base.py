@@ -18,6 +18,7 @@ def get_config() -> config_dict.ConfigDict:
         keep_easy=0.5,
         parallel_share=0.5,
         conclusion_share=0.25,
+        drill_share=0.4,
     )
     # row length -> rows a step: about 3,200 tokens, filled to 85%
     config.data = config_dict.create(chunk_size=1000, short_len=512, short_rows=3, long_len=1152, long_rows=2)

@@ -3,6 +3,7 @@
     python scripts/train_sft.py --config=configs/countdown_tiny.py --workdir=/tmp/tiny
     python scripts/train_sft.py --config=configs/countdown_base.py --workdir=/tmp/base \\
         --config.optimizer.num_steps=8000
+    python scripts/train_sft.py --config=configs/countdown_base.py --workdir=/tmp/base --export=/tmp/model
 
 The working directory gets `log.jsonl`, `checkpoints/` and `data/` (chunks made ahead by worker processes);
 when the run is done also `model/`, a Hugging Face directory for `generate.py --checkpoint`.
@@ -28,9 +29,13 @@ from apr_jax.train.data import ChunkStore
 from apr_jax.train.export import export_countdown
 from apr_jax.train.held_out import teacher_forced
 from apr_jax.train.loop import LoopConfig, OptimizerConfig, train
+from apr_jax.train.state import Checkpoints, TrainState
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run's settings, one of configs/*.py.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; an existing run is resumed.")
+
+
+_EXPORT = flags.DEFINE_string("export", None, "Only export the newest checkpoint into this directory.")
 
 
 def build_decoder(config) -> Decoder:
@@ -60,6 +65,16 @@ def build_store(config, samples: CountdownSamples, workdir: pathlib.Path) -> Chu
     )
 
 
+def load_newest(config, workdir: pathlib.Path) -> tuple[Decoder, int]:
+    """The decoder of a run's newest checkpoint, and its step."""
+    graphdef, params = nnx.split(build_decoder(config))
+    optimizer = OptimizerConfig(**config.optimizer).build()
+    checkpoints = Checkpoints(workdir / "checkpoints")
+    state = checkpoints.restore(graphdef, TrainState(params, optimizer.init(params)))
+    checkpoints.close()
+    return nnx.merge(graphdef, state.params), state.step
+
+
 @contextlib.contextmanager
 def progress(num_steps: int):
     """Gives (on_step, on_record): a bar in a terminal, plain lines elsewhere."""
@@ -83,6 +98,11 @@ def main() -> None:
     if _CONFIG.value is None or _WORKDIR.value is None:
         raise ValueError("--config=configs/NAME.py and --workdir=DIR are needed")
     config, workdir = _CONFIG.value, pathlib.Path(_WORKDIR.value)
+    if _EXPORT.value is not None:
+        decoder, step = load_newest(config, workdir)
+        export_countdown(pathlib.Path(_EXPORT.value), decoder)
+        print(f"{_EXPORT.value}: step {step:,}")
+        return
     samples = CountdownSamples(**config.samples)
     optimizer = OptimizerConfig(**config.optimizer)
     held_out = samples.held_out()[: config.num_eval_problems]

@@ -8,6 +8,7 @@ import numpy as np
 from apr_jax.tasks.countdown import Problem, draw_problem, draw_problems
 from apr_jax.tasks.countdown_format import PAD, RENDERINGS, vocabulary
 from apr_jax.tasks.countdown_search import search
+from apr_jax.train.countdown_drills import draw_drill
 from apr_jax.train.packing import Row, flatten
 
 PIECE_IDS = {piece: i for i, piece in enumerate(vocabulary())}
@@ -24,6 +25,7 @@ class CountdownSamples:
       max_len: longer traces are left out.
       keep_easy: share kept of the problems that the opening solves (about half of all, and short).
       parallel_share: traces written as Multiverse blocks; the others are sequential.
+      drill_share: samples that are drills instead (see `countdown_drills`).
       conclusion_share: of the parallel ones, those joined by conclusion.
     """
 
@@ -34,6 +36,7 @@ class CountdownSamples:
     keep_easy: float = 0.5
     parallel_share: float = 0.5
     conclusion_share: float = 0.25
+    drill_share: float = 0.0
 
     def held_out(self) -> list[Problem]:
         """The held-out problems."""
@@ -41,8 +44,10 @@ class CountdownSamples:
 
     def __call__(self, index: int) -> Row | None:
         """Sample number `index`; None if it is left out."""
-        tree = search(draw_problem(self.seed, index, exclude=_held_out(self)))
         rng = np.random.default_rng((self.seed, index, 1))
+        if rng.random() < self.drill_share:
+            return flatten(draw_drill(rng), PIECE_IDS.__getitem__)
+        tree = search(draw_problem(self.seed, index, exclude=_held_out(self)))
         keep, parallel, conclusion = rng.random(3)
         if tree.opening.solution is not None and keep >= self.keep_easy:
             return None

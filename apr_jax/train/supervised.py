@@ -59,7 +59,7 @@ def make_train_step(graphdef: Any, optimizer: optax.GradientTransformation):
         with jax.named_scope("update"):
             updates, opt_state = optimizer.update(gradients, opt_state, params)
             params = optax.apply_updates(params, updates)
-        return params, opt_state, {**metrics, "grad_norm": optax.global_norm(gradients)}
+        return params, opt_state, {**metrics, "grad_norm": optax.tree.norm(gradients)}
 
     return jax.jit(step, donate_argnums=(0, 1))
 

@@ -1,0 +1,55 @@
+"""Drills: rounds of the Countdown format with many matches, to teach that a value is among four others.
+
+In whole traces one value in about sixty matches, and a small model learns all arithmetic long before it notices
+a match. A drill is a row of unrelated rounds, half of them with a match; operands are given, slots and marks
+are learned.
+"""
+
+import numpy as np
+
+from apr_jax.tasks.countdown_format import BOS, MODES, number_piece
+from apr_jax.tasks.countdown_search import MAX_VALUE, compare, quad
+from apr_jax.tasks.trace import Span, Trace
+
+NUM_ROUNDS = 14
+
+
+def draw_drill(rng: np.random.Generator) -> Trace:
+    """A row of rounds."""
+    spans = [Span((BOS, MODES["sequential"], " ,"), forced=3)]
+    earlier: tuple[int, int] = (1, 1)
+    for _ in range(NUM_ROUNDS):
+        pair = (int(rng.integers(1, 100)), int(rng.integers(1, 100 if rng.random() < 0.7 else 13)))
+        kind = rng.random()
+        if kind < 0.5:
+            target, number = _partner(rng, pair)
+        elif kind < 0.7:  # what the round before made does not count
+            target, number = _partner(rng, earlier)
+        else:
+            target, number = int(rng.integers(0, MAX_VALUE + 1)), int(rng.integers(1, 100))
+        earlier = pair
+        spans.append(Span((*map(number_piece, pair), " ="), forced=3))
+        spans.append(Span((*map(number_piece, quad(*pair)), " |")))
+        spans.append(Span((number_piece(target), number_piece(number), " ="), forced=3))
+        slots = compare(pair, target, number).slots
+        needed = tuple(map(number_piece, quad(target, number)))
+        if slots is None:
+            spans.append(Span((*needed, " ,")))
+        else:
+            spans.append(Span((*needed[: slots[0] + 1], " !")))
+            spans.append(Span((" ,",), forced=1))
+    return tuple(spans)
+
+
+def _partner(rng: np.random.Generator, pair: tuple[int, int]) -> tuple[int, int]:
+    """A target and a number whose quad holds a value that the pair makes."""
+    made = [value for value in quad(*pair) if value is not None]
+    value = int(made[rng.integers(len(made))])
+    while True:
+        number = int(rng.integers(1, 100)) if rng.random() < 0.6 else int(rng.integers(1, 12))
+        targets = [value + number, abs(value - number), value * number]
+        if value and value % number == 0:
+            targets.append(value // number)
+        targets = [target for target in targets if target <= MAX_VALUE and value in quad(target, number)]
+        if targets:
+            return int(targets[rng.integers(len(targets))]), number

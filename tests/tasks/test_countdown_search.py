@@ -1,0 +1,89 @@
+"""The search from both ends: what it finds is right, and what it misses has a reason."""
+
+import pytest
+
+from apr_jax.tasks.countdown import Problem, check_equations, combine, draw_problems
+from apr_jax.tasks.countdown_search import MAX_VALUE, making, needing, quad, search
+
+PROBLEMS = draw_problems(21, 150)
+
+
+def reachable_within(values: tuple[int, ...], target: int) -> bool:
+    """Whether the target can be reached with no value above MAX_VALUE and no zero as a factor or divisor."""
+    if len(values) == 1:
+        return values[0] == target
+    for i in range(len(values)):
+        for j in range(i + 1, len(values)):
+            rest = values[:i] + values[i + 1 : j] + values[j + 1 :]
+            for e in combine(values[i], values[j]):
+                zero_factor = e.operator in "*/" and 0 in (e.left, e.right)
+                if e.value <= MAX_VALUE and not zero_factor and reachable_within((*rest, e.value), target):
+                    return True
+    return False
+
+
+def test_search_is_complete_within_its_bounds():
+    outcomes = set()
+    for problem in PROBLEMS[:60]:
+        found = search(problem).solution is not None
+        assert found == reachable_within(problem.numbers, problem.target), problem
+        outcomes.add(found)
+    assert outcomes == {True, False}
+
+
+def test_every_solution_of_every_line_replays():
+    for problem in PROBLEMS:
+        tree = search(problem)
+        for line in (tree.opening, *(line for block in tree.blocks for line in block)):
+            if line.solution is not None:
+                assert check_equations(problem, list(line.solution)) is None
+            assert [r.slots is not None for r in line.rounds[:-1]] == [False] * (len(line.rounds) - 1)
+            assert (line.rounds[-1].slots is not None) == (line.solution is not None)
+
+
+def test_most_problems_are_solved_and_about_half_at_once():
+    trees = [search(problem) for problem in PROBLEMS]
+    assert 0.85 < sum(tree.solution is not None for tree in trees) / len(trees) < 1
+    assert 0.35 < sum(tree.opening.solution is not None for tree in trees) / len(trees) < 0.65
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "expected"),
+    [
+        (4, 31, (27, 35, 124, None)),
+        (31, 31, (0, 62, None, 1)),
+        (7, 0, (7, 7, None, None)),
+        (90, 120, (30, None, None, None)),
+        (6, 30, (24, 36, 180, 5)),
+    ],
+)
+def test_quad(x, y, expected):
+    assert quad(x, y) == quad(y, x) == expected
+
+
+def test_made_and_needed_equations_hold():
+    for x in (1, 2, 5, 12, 27, 60, 99):
+        for y in (1, 3, 6, 12, 54, 99):
+            for slot, value in enumerate(quad(x, y)):
+                if value is None:
+                    continue
+                made, needed = making(x, y, slot), needing(x, y, slot)
+                assert made.holds and made.value == value and {made.left, made.right} == {x, y}
+                assert (
+                    needed.holds
+                    and needed.value == x
+                    and sorted((needed.left, needed.right)) == sorted((value, y))
+                )
+
+
+@pytest.mark.parametrize(
+    ("numbers", "target", "message"),
+    [
+        ((1, 2, 3), 5, "4 integers"),
+        ((1, 2, 3, 100), 5, "in \\[1, 99\\]"),
+        ((1, 2, 3, 4), 101, "in \\[1, 100\\]"),
+    ],
+)
+def test_search_refuses_what_it_cannot_write(numbers, target, message):
+    with pytest.raises(ValueError, match=message):
+        search(Problem(numbers, target))

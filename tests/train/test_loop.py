@@ -1,0 +1,169 @@
+"""A run that is killed goes on as if nothing had happened."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from apr_jax.config import ModelConfig
+from apr_jax.models.decoder import Decoder
+from apr_jax.models.hf import load_hf
+from apr_jax.tasks.countdown import draw_problem
+from apr_jax.train.countdown_data import PAD_ID, CountdownSamples
+from apr_jax.train.data import ChunkReader, ChunkStore
+from apr_jax.train.export import export_countdown
+from apr_jax.train.held_out import teacher_forced
+from apr_jax.train.loop import LoopConfig, OptimizerConfig, train
+from apr_jax.train.state import Checkpoints, TrainState
+
+ROOT = pathlib.Path(__file__).parents[2]
+SAMPLES = CountdownSamples(num_held_out=10, max_len=128)
+CONFIG = ModelConfig(
+    vocab_size=256, d_model=16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8, d_ff=24,
+    max_position=2048, tie_embeddings=True, bos_id=1, eos_ids=(2,),
+)  # fmt: skip
+LOOP = LoopConfig(log_every=1, eval_every=4, checkpoint_every=3, num_workers=0)
+
+
+def store(directory) -> ChunkStore:
+    return ChunkStore(directory, SAMPLES, chunk_size=12, rows_per_step={128: 1}, pad_id=PAD_ID)
+
+
+def run(workdir, data, **options) -> Decoder:
+    config = OptimizerConfig(num_steps=11, warmup_steps=2)
+    return train(Decoder(CONFIG, rngs=nnx.Rngs(0)), store(data), workdir, config, LOOP, **options)
+
+
+class Killed(Exception):
+    pass
+
+
+def test_killed_run_resumes_to_the_same_parameters(tmp_path):
+    def dies_at(fatal: int):
+        def on_step(step: int) -> None:
+            if step == fatal:
+                raise Killed
+
+        return on_step
+
+    data = tmp_path / "data"
+    whole = run(tmp_path / "whole", data)
+    for fatal in (5, 8):  # past the checkpoints of steps 3 and 6, across a chunk's end
+        with pytest.raises(Killed):
+            run(tmp_path / "killed", data, on_step=dies_at(fatal))
+    resumed = run(tmp_path / "killed", data)
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(resumed), nnx.state(whole))
+    logs = []
+    for name in ("whole", "killed"):
+        lines = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        logs.append([(line["step"], line["loss"]) for line in lines])
+    assert logs[0] == logs[1] and [step for step, _ in logs[0]] == list(range(1, 12))
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_checkpoint_holds_the_whole_state(tmp_path, name):
+    optimizer = OptimizerConfig(name=name).build()
+    graphdef, params = nnx.split(Decoder(CONFIG, rngs=nnx.Rngs(0)))
+    _, opt_state = optimizer.update(params, optimizer.init(params), params)
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    with pytest.raises(ValueError, match="no checkpoint"):
+        checkpoints.restore(graphdef, TrainState(params, opt_state))
+    checkpoints.save(graphdef, TrainState(params, opt_state, step=7, chunk=2, offset=3))
+    _, other = nnx.split(Decoder(CONFIG, rngs=nnx.Rngs(1)))
+    restored = checkpoints.restore(graphdef, TrainState(other, optimizer.init(other)))
+    assert (restored.step, restored.chunk, restored.offset) == (7, 2, 3)
+    jax.tree.map(np.testing.assert_array_equal, restored.params, params)
+    jax.tree.map(np.testing.assert_array_equal, restored.opt_state, opt_state)
+
+
+def test_finished_run_is_left_as_it_is(tmp_path):
+    first = run(tmp_path / "run", tmp_path / "data")
+    seen = []
+    again = run(tmp_path / "run", tmp_path / "data", on_step=seen.append)
+    assert seen == []
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(again), nnx.state(first))
+
+
+def test_evaluation_is_called_and_logged(tmp_path):
+    records = []
+    evaluate = teacher_forced(SAMPLES.held_out()[:3])
+    run(tmp_path / "run", tmp_path / "data", evaluate=evaluate, on_record=records.append)
+    held_out = {record["step"]: record["held_out"] for record in records if "held_out" in record}
+    assert sorted(held_out) == [4, 8, 11]
+    assert held_out[11]["sequential/loss"] < held_out[4]["sequential/loss"] < 6
+    assert 0 <= held_out[11]["multiverse/accuracy"] <= 1 and held_out[11]["multiverse/exact"] == 0
+
+
+def test_chunks_are_the_same_whoever_makes_them(tmp_path):
+    mine, theirs = store(tmp_path / "a"), store(tmp_path / "b")
+    with ChunkReader(theirs, num_workers=2, ahead=2) as reader:
+        for chunk in (0, 1, 2):
+            for ours, other in zip(mine.load(chunk), reader.load(chunk), strict=True):
+                assert ours.keys() == other.keys()
+                jax.tree.map(np.testing.assert_array_equal, ours, other)
+    assert not list(theirs.directory.glob("*.npz.partial"))
+    other = ChunkStore(tmp_path / "a", SAMPLES, chunk_size=13, rows_per_step={128: 1}, pad_id=PAD_ID)
+    assert other.directory != mine.directory
+
+
+def test_samples_leave_out_the_held_out_problems():
+    samples = CountdownSamples(seed=0, held_out_seed=0, num_held_out=5)
+    held_out = samples.held_out()
+    assert held_out[0] == draw_problem(0, 0)
+    trained = {tuple(row.tokens[:8].tolist()) for i in range(20) if (row := samples(i)) is not None}
+    numbers = {(tuple(tokens[2:6]), tokens[7]) for tokens in trained}
+    zero = 54 - 0  # the id of " 0"
+    for problem in held_out:
+        assert (tuple(n + zero for n in problem.numbers), problem.target + zero) not in numbers
+
+
+def test_optimizer_settings_are_checked():
+    with pytest.raises(ValueError, match="'sgd'"):
+        OptimizerConfig(name="sgd")
+    with pytest.raises(ValueError, match="warmup_steps is 5"):
+        OptimizerConfig(warmup_steps=5, num_steps=5)
+
+
+def test_export_replaces_an_earlier_export_alone(tmp_path):
+    decoder = Decoder(CONFIG, rngs=nnx.Rngs(0))
+    export_countdown(tmp_path / "model", decoder)
+    export_countdown(tmp_path / "model", decoder)
+    loaded = load_hf(tmp_path / "model")
+    np.testing.assert_array_equal(loaded.embedding[...], decoder.embedding[...])
+    (tmp_path / "model" / "notes.txt").write_text("keep me")
+    with pytest.raises(ValueError, match=r"notes\.txt"):
+        export_countdown(tmp_path / "model", decoder)
+
+
+@pytest.mark.slow
+def test_script_survives_a_real_kill(tmp_path):
+    command = [sys.executable, "scripts/train_sft.py", "--config=configs/countdown_tiny.py"]
+
+    def start(workdir):
+        return subprocess.Popen(
+            [*command, f"--workdir={workdir}"], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        )
+
+    killed = start(tmp_path / "killed")
+    log = tmp_path / "killed" / "log.jsonl"
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and not (log.exists() and '"step": 10' in log.read_text()):
+        time.sleep(0.05)
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.wait()
+    for workdir in ("killed", "whole"):
+        process = start(tmp_path / workdir)
+        output, _ = process.communicate(timeout=240)
+        assert process.returncode == 0 and "for 20 steps" in output
+    whole, resumed = (
+        (tmp_path / w / "model" / "model.safetensors").read_bytes() for w in ("whole", "killed")
+    )
+    assert whole == resumed
