@@ -35,15 +35,14 @@ class Engine(EngineCore):
         Args:
           path: a preset's name ("countdown"), a checkpoint directory or a Hugging Face directory.
           engine_config: its dtype is replaced by the model's.
-          dtype: of weights, computation and cache; None takes engine_config's, without one the stored dtype.
+          dtype: of weights, computation and cache; None keeps the stored one.
 
         Raises:
           ValueError: there is no such checkpoint, or it is damaged.
         """
         from apr_jax.models.checkpoint import load_checkpoint
 
-        wanted = dtype or (engine_config.dtype if engine_config is not None else None)
-        model_config, decoder, tokenizer = load_checkpoint(path, dtype=wanted)
+        model_config, decoder, tokenizer = load_checkpoint(path, dtype=dtype)
         config = dataclasses.replace(engine_config or EngineConfig(), dtype=str(decoder.dtype))
         return cls(
             model_config,

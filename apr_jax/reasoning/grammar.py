@@ -1,8 +1,8 @@
 """Grammars: formats in which the model itself writes when to fork. A grammar is data; one program reads all.
 
-    ... <Parallel><Goal><Outline>1: ...</Outline><Outline>2: ...</Outline></Goal>  the model, up to the trigger
-        <Path>1: ...</Path>   <Path>2: ...</Path>                                  one thread an outline
-    <Conclusion>...</Conclusion></Parallel> ...                                    the model, after the join
+... <Parallel><Goal><Outline>1: ...</Outline><Outline>2: ...</Outline></Goal>  the model, to the trigger
+    <Path>1: ...</Path>   <Path>2: ...</Path>                                  one thread an outline
+<Conclusion>...</Conclusion></Parallel> ...                                    the model, after the join
 """
 
 import dataclasses
@@ -108,8 +108,7 @@ class GrammarProgram(Program):
         if not is_child or self._is_closed(thread):
             return Finish(stop.reason)
         closing = dataclasses.replace(thread.sampling, max_new_tokens=0)
-        label = self._tokenizer.decode(thread.token_ids[:8]).split("\n")[0]
-        reason = f"thread {label!r}... ended without {grammar.closer} ({stop.reason})"
+        reason = f"ended without {grammar.closer} ({stop.reason})"
         return Append(self._closer, closing, degraded=(reason,))
 
     def on_child(self, parent: Thread, ended: Sequence[Thread], running: Sequence[Thread]) -> Join | Wait:

@@ -1,4 +1,6 @@
-"""Models that babble: whatever they say, every request ends, with a reason for what went wrong, and holds no page."""
+"""Models that babble: whatever they say, every request ends, with a reason for what went wrong, and holds no
+page.
+"""
 
 import hashlib
 

@@ -1,0 +1,158 @@
+"""Answers a prompt under a program, shows its threads as they grow, then answer, verdict and metrics.
+
+Without a flag the embedded model solves a Countdown problem: combine all the numbers to reach the target.
+
+Examples:
+  python scripts/generate.py
+  python scripts/generate.py --prompt='5 17 38 60 -> 24' --program=sequential
+  python scripts/generate.py --temperature=0.8 --num_samples=4 --output_json=out.json
+  python scripts/generate.py --checkpoint=checkpoints/qwen3_8b --prompt='Solve x^2 = 2.' --max_new_tokens=2048
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import cli
+from absl import flags
+from json_output import check_output_path, write_json
+from loading import load_engine
+from rich.console import Console
+from rich.table import Table
+from thread_view import LiveView, PlainView, ThreadView
+
+from apr_jax import Engine, SamplingParams
+from apr_jax.config import check
+from apr_jax.reasoning.driver import Driver
+from apr_jax.reasoning.output import Output
+from apr_jax.reasoning.program import Request
+from apr_jax.reasoning.programs import PROGRAM_NAMES
+from apr_jax.tasks.countdown_task import TASKS
+from apr_jax.tasks.task import Task, Verdict
+
+BUILT_IN_PROMPTS = {"countdown": "22 26 31 53 -> 27"}
+
+_CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", "countdown", "A preset's name, a checkpoint directory or a Hugging Face directory."
+)
+_PROMPT = flags.DEFINE_string("prompt", None, "The prompt; by default the preset's built-in problem.")
+_PROGRAM = flags.DEFINE_enum("program", "multiverse", PROGRAM_NAMES, "What decides when to fork and join.")
+_NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "Answers, with seeds --seed, --seed + 1, ...")
+_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 1024, "Bounds the critical path.")
+_TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 is greedy.")
+_TOP_P = flags.DEFINE_float("top_p", 1.0, "1 keeps all tokens.")
+_TOP_K = flags.DEFINE_integer("top_k", 0, "0 keeps all tokens.")
+_SEED = flags.DEFINE_integer("seed", 0, "Of the first sample.")
+_TENSOR = flags.DEFINE_integer("tensor", 1, "Devices that the model is split over.")
+_OUTPUT_JSON = flags.DEFINE_string("output_json", None, "Write the result into this file.")
+
+
+def main() -> None:
+    sampling = SamplingParams(
+        temperature=_TEMPERATURE.value,
+        top_p=_TOP_P.value,
+        top_k=_TOP_K.value,
+        max_new_tokens=_MAX_NEW_TOKENS.value,
+        seed=_SEED.value,
+    )
+    check(_NUM_SAMPLES.value >= 1, f"--num_samples={_NUM_SAMPLES.value}, must be >= 1")
+    check(_MAX_NEW_TOKENS.value >= 1, f"--max_new_tokens={_MAX_NEW_TOKENS.value}, must be >= 1")
+    check(_TENSOR.value == 1, f"--tensor={_TENSOR.value}, must be 1: this engine runs on one device")
+    task = TASKS.get(Path(_CHECKPOINT.value).name)
+    prompt = _read_prompt(task)
+    output_path = check_output_path(_OUTPUT_JSON.value) if _OUTPUT_JSON.value else None
+    engine = load_engine(_CHECKPOINT.value)
+    with cli.profile():
+        outputs = _generate(engine, prompt, sampling)
+    problem = task.problem_of(prompt) if task is not None else None
+    verdicts = [
+        task.check(problem, output.text) if task is not None and problem is not None else None
+        for output in outputs
+    ]
+    console = Console()
+    for output, verdict in zip(outputs, verdicts, strict=True):
+        _show(console, output, verdict)
+    console.print(_metrics_table(outputs))
+    if output_path is not None:
+        objects = [_as_object(o, v) for o, v in zip(outputs, verdicts, strict=True)]
+        samples = {"samples": objects} if len(objects) > 1 else {}
+        write_json(output_path, objects[0] | samples)
+
+
+def _read_prompt(task: Task | None) -> str:
+    """The prompt of the flags; a task's problem gets the form that the program's prompt has."""
+    prompt = BUILT_IN_PROMPTS.get(_CHECKPOINT.value) if _PROMPT.value is None else _PROMPT.value
+    if prompt is None:
+        raise ValueError(f"--prompt is needed with --checkpoint={_CHECKPOINT.value}")
+    check(bool(prompt.strip()), f"--prompt={prompt!r} is empty: at least 1 token is needed")
+    problem = task.problem_of(prompt) if task is not None else None
+    bare = prompt.lstrip()[:1].isdigit()  # without the token that says how to reason
+    return (
+        task.prompt(problem, _PROGRAM.value) if task is not None and problem is not None and bare else prompt
+    )
+
+
+def _generate(engine: Engine, prompt: str, sampling: SamplingParams) -> list[Output]:
+    """Runs all samples side by side and shows them."""
+    view = ThreadView(engine.tokenizer)
+    engine.listeners.append(view)
+    program, token_ids = engine.make_program(_PROGRAM.value), engine.encode_prompt(prompt)
+    console = Console()
+    console.print(f"prompt: {prompt}", markup=False, highlight=False, soft_wrap=True)
+    with Driver(engine) as driver:
+        runs = [
+            driver.submit(
+                Request(token_ids=token_ids, sampling=dataclasses.replace(sampling, seed=sampling.seed + i)),
+                program,
+            )
+            for i in range(_NUM_SAMPLES.value)
+        ]
+        if console.is_terminal:
+            with LiveView(view, console) as live:
+                while driver.active:
+                    driver.step()
+                    live.update()
+        else:
+            engine.listeners.append(PlainView(view, lambda line: print(line, flush=True)))
+            driver.run()
+    for run in runs:
+        if run.error is not None:
+            raise run.error
+    return [engine.collect(run) for run in runs]
+
+
+def _show(console: Console, output: Output, verdict: Verdict | None) -> None:
+    answer = output.answer if verdict is None else verdict.answer
+    console.print(f"answer: {answer}", markup=False, highlight=False, soft_wrap=True)
+    if verdict is not None:
+        text = "correct" if verdict.correct else f"wrong: {verdict.reason}"
+        style = "bold green" if verdict.correct else "bold red"
+        console.print(f"verdict: {text}", style=style, markup=False, highlight=False, soft_wrap=True)
+    if output.finish_reason not in ("eos", "stop_id", "stop_string"):
+        console.print(f"ended early: {output.finish_reason}", style="yellow")
+
+
+def _metrics_table(outputs: list[Output]) -> Table:
+    table = Table(title="metrics")
+    table.add_column("metric")
+    for number in range(len(outputs)):
+        table.add_column("value" if len(outputs) == 1 else f"sample {number}", justify="right")
+    for field in dataclasses.fields(outputs[0].metrics):
+        values = [getattr(output.metrics, field.name) for output in outputs]
+        table.add_row(field.name, *(f"{v:.4g}" if isinstance(v, float) else f"{v:,}" for v in values))
+    return table
+
+
+def _as_object(output: Output, verdict: Verdict | None) -> dict[str, Any]:
+    return {
+        "text": output.text,
+        "answer": output.answer if verdict is None else verdict.answer,
+        "correct": None if verdict is None else verdict.correct,
+        "program": output.program,
+        "threads": [dataclasses.asdict(thread) for thread in output.threads],
+        "metrics": dataclasses.asdict(output.metrics),
+    }
+
+
+if __name__ == "__main__":
+    cli.run(main)
