@@ -133,6 +133,8 @@ def validate_plan(plan: Plan, *, num_pages: int, page_size: int) -> None:
     _require(np.all(readers[plan.num_shared :] <= 1), "a private item has more than one reader")
     _used_prefix(readers[: plan.num_shared] > 0, "shared")
     _used_prefix(readers[plan.num_shared :] > 0, "private")
+    empty = (readers > 0) & (plan.tail_slot == -1) & ~(plan.fills > 0).any(-1)
+    _require(not empty.any(), "a used item has no tokens")
     _validate_slots(plan, num_slots, page_size)
     _validate_partials(plan)
 

@@ -61,6 +61,7 @@ BROKEN = {
     "fills outside": broken("fills", (0, 0), 17),
     "rows outside": broken("rows", 0, (0, 99)),
     "more than one reader": lambda plan: broken("rows", plan.num_shared, (0, 2))(plan),
+    "has no tokens": broken("fills", 0, 0),
     "follows a padding item": broken("rows", 0, (0, 0)),
     "row_slot outside": broken("row_slot", 0, 13),
     "serve one slot": lambda plan: broken("row_slot", 0, plan.row_slot[1])(plan),

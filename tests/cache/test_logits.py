@@ -15,6 +15,7 @@ from apr_kernels.kv_update import kv_update
 from apr_kernels.paged_attention import paged_attention
 from apr_kernels.plan import validate_plan
 from flax import nnx
+from jax.custom_batching import custom_vmap
 
 from apr_jax.cache import Context, KVCache, PlanBuilder, marked_segments, own_segments
 from apr_jax.config import CacheConfig, EngineConfig, ModelConfig
@@ -146,7 +147,7 @@ _dense = jax.jit(dense_logits)
 def _step(decoder, tokens, positions, pages, plan, tail_len, num_queries):
     """Rows through the decoder under vmap; `attend_rows` collects q, k and v of all of them."""
 
-    @jax.custom_batching.custom_vmap
+    @custom_vmap
     def attend_rows(q, k, v, layer, plan, tail_len, num_queries):
         return q, layer
 

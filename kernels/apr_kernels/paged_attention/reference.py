@@ -73,6 +73,11 @@ def _finite(m):
     return jnp.where(m == -jnp.inf, 0, m)
 
 
+def _dot(equation: str, a, b):
+    """A product at full precision: accelerators would round float32 operands otherwise."""
+    return jnp.einsum(equation, a, b, precision=lax.Precision.HIGHEST)
+
+
 def _readable(pages, has_tokens):
     """pages: [..., c], where those without valid tokens become the chunk's first page that has some."""
     first = jnp.take_along_axis(pages, jnp.argmax(has_tokens, axis=-1, keepdims=True), axis=-1)
@@ -103,13 +108,13 @@ def _shared_items(state: _State, q, kv_pages: KVPages, plan: Plan) -> _State:
         valid = (jnp.arange(kv_pages.page_size) < fills[w][:, None]).reshape(-1)  # [L]
         reads = (row >= rows[w, 0]) & (row < rows[w, 1])  # [R]
         keys, values = (_gather(each, pages[w], q.dtype) for each in (kv_pages.k, kv_pages.v))
-        scores = jnp.einsum("knd,kld->knl", flat_q, keys).reshape(*q.shape[:-1], -1)  # [K, R, T, G, L]
+        scores = _dot("knd,kld->knl", flat_q, keys).reshape(*q.shape[:-1], -1)  # [K, R, T, G, L]
         visible = reads[:, None] & valid  # [R, L]
         scores = jnp.where(visible[None, :, None, None, :], scores, -jnp.inf)
         m = jnp.maximum(state.m, scores.max(-1))
         weights = jnp.exp(scores - _finite(m)[..., None])
         shrink = jnp.exp(state.m - _finite(m))
-        out = jnp.einsum("knl,kld->knd", weights.reshape(*flat_q.shape[:-1], -1), values)
+        out = _dot("knl,kld->knd", weights.reshape(*flat_q.shape[:-1], -1), values)
         return _State(
             m, state.l * shrink + weights.sum(-1), state.o * shrink[..., None] + out.reshape(q.shape)
         )
@@ -174,11 +179,11 @@ def _private_chunks(state: _State, q, kv_pages: KVPages, chunks: _Chunks) -> _St
             _gather(each, part.pages, q.dtype) for each in (kv_pages.k, kv_pages.v)
         )  # [K, B, L, D]
         own_q = q.at[:, part.reader].get(mode="clip").reshape(num_kv_heads, block, -1, q.shape[-1])
-        scores = jnp.einsum("kbnd,kbld->kbnl", own_q, keys).reshape(num_kv_heads, block, *q.shape[2:-1], -1)
+        scores = _dot("kbnd,kbld->kbnl", own_q, keys).reshape(num_kv_heads, block, *q.shape[2:-1], -1)
         scores = jnp.where(visible[None, :, :, None, :], scores, -jnp.inf)  # [K, B, T, G, L]
         chunk_m = scores.max(-1)  # [K, B, T, G]
         weights = jnp.exp(scores - _finite(chunk_m)[..., None])
-        out = jnp.einsum("kbnl,kbld->kbnd", weights.reshape(*own_q.shape[:-1], -1), values)
+        out = _dot("kbnl,kbld->kbnd", weights.reshape(*own_q.shape[:-1], -1), values)
         # Merge the block's chunks into their readers' states.
         member = part.reader == jnp.arange(num_rows)[:, None]  # [R, B]
         spread = jnp.where(member[None, :, :, None, None], chunk_m[:, None], -jnp.inf)  # [K, R, B, T, G]
@@ -187,7 +192,7 @@ def _private_chunks(state: _State, q, kv_pages: KVPages, chunks: _Chunks) -> _St
         shrink = jnp.exp(state.m - _finite(m))
         l = state.l * shrink + (factor * weights.sum(-1)[:, None]).sum(2)
         out = jnp.where((part.reader < num_rows)[None, :, None, None], out, 0)
-        out = jnp.einsum("krbtg,kbtgd->krtgd", factor, out.reshape(num_kv_heads, block, *q.shape[2:]))
+        out = _dot("krbtg,kbtgd->krtgd", factor, out.reshape(num_kv_heads, block, *q.shape[2:]))
         return _State(m, l, state.o * shrink[..., None] + out)
 
     return lax.fori_loop(0, num_blocks, step, state)
