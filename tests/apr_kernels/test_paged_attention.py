@@ -19,17 +19,17 @@ ALL = [
 ]
 
 
+@jax.jit
+def step(kv_pages, q, k, v, plan, tail_len, num_queries):
+    """Update, then attention, as the engine does."""
+    kv_pages = kv_update(kv_pages, k, v, plan, tail_len, num_queries)
+    return kv_pages, *paged_attention(q, kv_pages, plan, tail_len, num_queries)
+
+
 def call(data: cases.CaseData):
-    """Update, then attention, as the engine does. Returns (kv_pages, o, lse)."""
-
-    @jax.jit
-    def step(kv_pages, q, k, v, plan, tail_len, num_queries):
-        kv_pages = kv_update(kv_pages, k, v, plan, tail_len, num_queries)
-        return kv_pages, *paged_attention(q, kv_pages, plan, tail_len, num_queries)
-
-    return step(
-        data.kv_pages, data.q, data.k, data.v, cases.on_device(data.plan), data.tail_len, data.num_queries
-    )
+    """Returns (kv_pages, o, lse)."""
+    plan = cases.on_device(data.plan)
+    return step(data.kv_pages, data.q, data.k, data.v, plan, data.tail_len, data.num_queries)
 
 
 def oracle(data: cases.CaseData) -> tuple[np.ndarray, np.ndarray]:

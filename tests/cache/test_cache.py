@@ -179,6 +179,22 @@ def test_forks_and_marks_survive_a_split():
     assert parent.segments == child.segments[:2]
 
 
+def test_select_stays_causal_after_splits():
+    cache = make(page_size=2)
+    parent = cache.new_context()
+    write(cache, parent, range(6))
+    (child,) = cache.fork(parent, 1)
+    write(cache, child, [10, 11, 12, 13])
+    cache.seal(child)
+    cache.match_prefix([0, 1, 2])  # splits what the parent ends with
+    cache.match_prefix([*range(6), 10, 11, 5])  # and what the child wrote
+    cache.join(parent, [own_segments(child)], child.next_position)
+    assert parent.causal and len(parent.segments) == 4
+    write(cache, parent, [14, 15])
+    cache.seal(parent)
+    assert cache.match_prefix([*range(6), *range(10, 17)])[1] == 12
+
+
 def test_identical_children_share_pages_and_both_count():
     cache = make(page_size=2)
     parent = cache.new_context()
