@@ -4,6 +4,7 @@ import dataclasses
 import numbers
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import overload
 
 from apr_jax.config import CacheConfig, EngineConfig, check
 from apr_jax.engine.engine import EngineCore
@@ -73,6 +74,29 @@ class Engine(EngineCore):
         """The output of a request that a driver has ended."""
         return collect(run, self.tokenizer, self.model_config.eos_ids, extract_answer)
 
+    @overload
+    def generate(
+        self,
+        prompt: Prompt,
+        program: str | Program = "sequential",
+        *,
+        sampling: SamplingParams = ...,
+        guards: Guards = ...,
+        extract_answer: Callable[[str], str | None] | None = None,
+    ) -> Output: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        program: str | Program = "sequential",
+        *,
+        sampling: SamplingParams = ...,
+        guards: Guards = ...,
+        num_samples: int = ...,
+        extract_answer: Callable[[str], str | None] | None = None,
+    ) -> list[Output]: ...
+
     def generate(
         self,
         prompt: Prompt | Sequence[Prompt],
@@ -82,7 +106,7 @@ class Engine(EngineCore):
         guards: Guards = Guards(),  # noqa: B008 (frozen)
         num_samples: int = 1,
         extract_answer: Callable[[str], str | None] | None = None,
-    ) -> "Output | list[Output]":
+    ) -> Output | list[Output]:
         """Answers a prompt, or several side by side.
 
         Args:
