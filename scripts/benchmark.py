@@ -1,0 +1,221 @@
+"""Decode throughput on a shared prefix, against `transformers.generate` on the same weights and tokens, in one run.
+
+Case `decode_threadsN_prefix512` forks N threads from one prompt of 512 tokens and decodes greedily. The baselines
+decode the same N rows with transformers on the CPU (float32, sdpa, the better of 1 and 2 torch threads): as one
+batched `generate`, and one row after another. Decode steps only: prompts and first tokens are timed apart and taken
+off. Ours and theirs take turns, medians are reported. The last line is one JSON object.
+
+Examples:
+  python scripts/benchmark.py
+  python scripts/benchmark.py --cases=decode_threads8_prefix512 --num_tokens=64 --repeats=5 --output_json=out.json
+"""
+
+import json
+import platform
+import re
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import cli
+import jax
+import numpy as np
+from absl import flags
+from json_output import check_output_path, write_json
+from loading import load_engine
+from rich.console import Console
+from rich.table import Table
+
+from apr_jax import Engine, SamplingParams
+from apr_jax.config import check
+from apr_jax.models.checkpoint import load_decoder
+from apr_jax.models.hf import export_hf
+
+_CHECKPOINT = flags.DEFINE_string("checkpoint", "countdown", "A preset's name or a checkpoint directory.")
+_CASES = flags.DEFINE_list(
+    "cases",
+    [f"decode_threads{n}_prefix512" for n in (1, 8, 32)],
+    "Names of the form decode_threads{N}_prefix{P}.",
+)
+_NUM_TOKENS = flags.DEFINE_integer("num_tokens", 128, "Tokens that each thread decodes.")
+_REPEATS = flags.DEFINE_integer("repeats", 3, "Timed runs of each; medians are reported.")
+_SEED = flags.DEFINE_integer("seed", 0, "Of the random prompt.")
+_OUTPUT_JSON = flags.DEFINE_string("output_json", None, "Write the last line into this file as well.")
+
+
+def main() -> None:
+    check(_NUM_TOKENS.value >= 2, f"--num_tokens={_NUM_TOKENS.value}, must be >= 2")
+    check(_REPEATS.value >= 1, f"--repeats={_REPEATS.value}, must be >= 1")
+    cases = [_parse_case(name) for name in _CASES.value]
+    output_path = check_output_path(_OUTPUT_JSON.value) if _OUTPUT_JSON.value else None
+    engine = load_engine(_CHECKPOINT.value, max_threads=max(n for n, _ in cases))
+    baseline = _load_baseline(_CHECKPOINT.value)
+    with cli.profile():
+        results = [_run_case(engine, baseline, n, prefix) for n, prefix in cases]
+    _show(results)
+    summary = {
+        "cases": results,
+        "checkpoint": _CHECKPOINT.value,
+        "num_tokens": _NUM_TOKENS.value,
+        "repeats": _REPEATS.value,
+        "versions": {
+            "python": platform.python_version(),
+            "jax": jax.__version__,
+            **({} if baseline is None else baseline.versions),
+        },
+        "device": jax.devices()[0].device_kind,
+    }
+    if output_path is not None:
+        write_json(output_path, summary)
+    print(json.dumps(summary))
+
+
+def _parse_case(name: str) -> tuple[int, int]:
+    found = re.fullmatch(r"decode_threads(\d+)_prefix(\d+)", name)
+    if not found:
+        raise ValueError(f"--cases has {name!r}, must be like decode_threads8_prefix512")
+    num_threads, prefix_len = int(found[1]), int(found[2])
+    check(num_threads >= 1 and prefix_len >= 1, f"--cases has {name!r}: both numbers must be >= 1")
+    return num_threads, prefix_len
+
+
+class _Transformers:
+    """The same weights in transformers, and how long its `generate` takes a decode step."""
+
+    def __init__(self, directory: str):
+        import torch
+        import transformers
+
+        self._torch = torch
+        self.versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+        transformers.logging.set_verbosity_error()
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            directory, dtype=torch.float32, attn_implementation="sdpa"
+        )
+        self._model = model.eval()
+        self._model.generation_config.eos_token_id = None
+
+    def decode_s(self, rows: np.ndarray, num_tokens: int, num_torch_threads: int) -> tuple[float, np.ndarray]:
+        """Seconds for num_tokens - 1 decode steps of all rows [N, P] at once, and the tokens [N, num_tokens]."""
+        torch = self._torch
+        torch.set_num_threads(num_torch_threads)
+        ids = torch.as_tensor(rows)
+
+        def run(count: int):
+            started = time.perf_counter()
+            out = self._model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=count,
+                do_sample=False,
+                pad_token_id=0,
+            )
+            return time.perf_counter() - started, out[:, ids.shape[1] :].numpy()
+
+        with torch.inference_mode():
+            prompt_s, _ = run(1)
+            total_s, tokens = run(num_tokens)
+        return total_s - prompt_s, tokens
+
+
+def _load_baseline(checkpoint: str) -> _Transformers | None:
+    """The baseline; None, with a note, where transformers is not installed."""
+    sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]  # transformers would take ours for another's
+    with tempfile.TemporaryDirectory() as parent:
+        directory = f"{parent}/hf"
+        export_hf(directory, load_decoder(checkpoint, dtype="float32"))
+        try:
+            return _Transformers(directory)
+        except ImportError as error:
+            print(f"no baseline: {error} (pip install 'apr-jax[test]')", file=sys.stderr)
+            return None
+
+
+def _ours(engine: Engine, rows: np.ndarray, num_tokens: int) -> tuple[float, np.ndarray, int]:
+    """Seconds for the threads' decode steps after the first dispatch, tokens [N, num_tokens], and round trips.
+
+    The first dispatch, with the forced tokens, is left out as the prompt is; what is timed is scaled to the tokens
+    decoded in it.
+    """
+    first = SamplingParams(max_new_tokens=0, ignore_eos=True)
+    root = engine.submit(rows[0, :-1].tolist(), sampling=first)
+    engine.run()
+    sampling = SamplingParams(max_new_tokens=num_tokens, ignore_eos=True)
+    threads = engine.fork(root, [[int(row[-1])] for row in rows], sampling=sampling)
+    engine.step()
+    tokens_before, trips_before = engine.stats.decode_tokens, engine.stats.num_round_trips
+    started = time.perf_counter()
+    engine.run()
+    seconds = time.perf_counter() - started
+    timed = engine.stats.decode_tokens - tokens_before
+    trips = engine.stats.num_round_trips - trips_before
+    tokens = np.array([thread.token_ids[1:] for thread in threads])
+    engine.release(root)
+    engine.cache.flush_prefix_cache()
+    return seconds * len(rows) * (num_tokens - 1) / timed, tokens, trips
+
+
+def _run_case(engine: Engine, baseline: _Transformers | None, num_threads: int, prefix_len: int) -> dict[str, Any]:
+    num_tokens, vocab_size = _NUM_TOKENS.value, engine.model_config.vocab_size
+    window = engine.model_config.max_position
+    check(
+        prefix_len + num_tokens <= window,
+        f"{prefix_len} + {num_tokens} tokens, the context window is {window}",
+    )
+    rng = np.random.default_rng(_SEED.value)
+    rows = np.tile(rng.integers(0, vocab_size, prefix_len), (num_threads, 1))
+    rows[:, -1] = rng.integers(0, vocab_size, num_threads)  # the threads' own first tokens
+    timed: dict[str, list[float]] = {"ours": []}
+    _, ours, trips = _ours(engine, rows, num_tokens)  # compiles
+    theirs = None
+    variants: dict[str, Callable[[], tuple[float, np.ndarray]]] = {}
+    if baseline is not None:
+        for torch_threads in (1, 2):
+            variants[f"batched_{torch_threads}"] = lambda n=torch_threads: baseline.decode_s(rows, num_tokens, n)
+            variants[f"single_{torch_threads}"] = lambda n=torch_threads: baseline.decode_s(rows[:1], num_tokens, n)
+        _, theirs = variants["batched_1"]()
+    for _ in range(_REPEATS.value):
+        timed["ours"].append(_ours(engine, rows, num_tokens)[0])
+        for name, run in variants.items():
+            timed.setdefault(name, []).append(run()[0])
+    count = num_threads * (num_tokens - 1)
+    ours_tps = count / statistics.median(timed["ours"])
+    result: dict[str, Any] = {
+        "name": f"decode_threads{num_threads}_prefix{prefix_len}",
+        "tokens_per_s": ours_tps,
+        "ms_per_step": 1e3 * statistics.median(timed["ours"]) / (num_tokens - 1),
+        "round_trips": trips,
+        "baseline": None,
+        "baseline_tokens_per_s": None,
+        "ratio": None,
+    }
+    if theirs is not None:
+        batched = count / min(statistics.median(timed[f"batched_{n}"]) for n in (1, 2))
+        single = (num_tokens - 1) / min(statistics.median(timed[f"single_{n}"]) for n in (1, 2))
+        result |= {
+            "baseline": "transformers.generate, batched",
+            "baseline_tokens_per_s": batched,
+            "ratio": ours_tps / batched,
+            "one_by_one_tokens_per_s": single,
+            "one_by_one_ratio": ours_tps / single,
+            "equal_tokens": float((ours == theirs).mean()),
+        }
+    return result
+
+
+def _show(results: list[dict[str, Any]]) -> None:
+    table = Table(title="decode throughput, tokens/s")
+    for column in ("case", "apr_jax", "batched generate", "ratio", "one by one", "ratio", "equal tokens"):
+        table.add_column(column, justify="left" if column == "case" else "right")
+    for result in results:
+        numbers = [result["tokens_per_s"], result["baseline_tokens_per_s"], result["ratio"]]
+        numbers += [result.get(key) for key in ("one_by_one_tokens_per_s", "one_by_one_ratio", "equal_tokens")]
+        table.add_row(result["name"], *("-" if x is None else f"{x:,.2f}" for x in numbers))
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    cli.run(main)
