@@ -62,7 +62,16 @@ class ModelConfig:
     architecture: str = "LlamaForCausalLM"  # the Hugging Face class this came from, and goes back to
 
     def __post_init__(self):
-        for name in ("vocab_size", "d_model", "num_layers", "num_heads", "num_kv_heads", "head_dim", "d_ff", "max_position"):
+        for name in (
+            "vocab_size",
+            "d_model",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+            "d_ff",
+            "max_position",
+        ):
             check(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}, must be >= 1")
         check(
             self.num_heads % self.num_kv_heads == 0,
@@ -110,6 +119,14 @@ class EngineConfig:
     compile_cache_dir: str | None = None  # None: no persistent compile cache
 
     def __post_init__(self):
-        for name in ("max_threads", "steps_per_dispatch", "prefill_chunk", "prefill_rows", "max_tail_pages",
-                     "item_pages", "max_partials", "max_stop_ids"):
+        for name in (
+            "max_threads",
+            "steps_per_dispatch",
+            "prefill_chunk",
+            "prefill_rows",
+            "max_tail_pages",
+            "item_pages",
+            "max_partials",
+            "max_stop_ids",
+        ):
             check(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}, must be >= 1")

@@ -50,9 +50,7 @@ def profile() -> Iterator[None]:
 def _is_worth_reading(record) -> bool:
     """Drops what JAX and orbax tell of every step, and orbax's log of errors that it raises as well."""
     silenced = {"/jax/": ("INFO",), "/orbax/": ("INFO", "ERROR")}
-    return not any(
-        part in record.pathname and record.levelname in levels for part, levels in silenced.items()
-    )
+    return not any(part in record.pathname and record.levelname in levels for part, levels in silenced.items())
 
 
 def _parse(argv: Sequence[str]) -> list[str]:

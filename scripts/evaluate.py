@@ -71,9 +71,7 @@ def main() -> None:
         results = {}
         for name in names:
             bar = progress.add_task(name, total=len(problems))
-            results[name] = _evaluate(
-                engine, task, problems, name, sampling, lambda bar=bar: progress.advance(bar)
-            )
+            results[name] = _evaluate(engine, task, problems, name, sampling, lambda bar=bar: progress.advance(bar))
     console.print(_table(results))
     if output_path is not None:
         content = {

@@ -66,8 +66,7 @@ def main() -> None:
         outputs = _generate(engine, prompt, sampling)
     problem = task.problem_of(prompt) if task is not None else None
     verdicts = [
-        task.check(problem, output.text) if task is not None and problem is not None else None
-        for output in outputs
+        task.check(problem, output.text) if task is not None and problem is not None else None for output in outputs
     ]
     console = Console()
     for output, verdict in zip(outputs, verdicts, strict=True):
@@ -87,9 +86,7 @@ def _read_prompt(task: Task | None) -> str:
     check(bool(prompt.strip()), f"--prompt={prompt!r} is empty: at least 1 token is needed")
     problem = task.problem_of(prompt) if task is not None else None
     bare = prompt.lstrip()[:1].isdigit()  # without the token that says how to reason
-    return (
-        task.prompt(problem, _PROGRAM.value) if task is not None and problem is not None and bare else prompt
-    )
+    return task.prompt(problem, _PROGRAM.value) if task is not None and problem is not None and bare else prompt
 
 
 def _generate(engine: Engine, prompt: str, sampling: SamplingParams) -> list[Output]:

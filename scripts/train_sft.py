@@ -28,6 +28,7 @@ from apr_jax.train.countdown_data import PAD_ID, PIECE_IDS, CountdownSamples
 from apr_jax.train.data import ChunkStore
 from apr_jax.train.export import export_countdown
 from apr_jax.train.held_out import teacher_forced
+from apr_jax.train.initialization import tie_matching_heads
 from apr_jax.train.loop import LoopConfig, OptimizerConfig, train
 from apr_jax.train.state import Checkpoints, TrainState
 
@@ -50,6 +51,8 @@ def build_decoder(config) -> Decoder:
     decoder = Decoder(model, rngs=nnx.Rngs(config.seed))
     if config.wave_embeddings:
         decoder.embedding[...] = jnp.asarray(initial_embedding(model.d_model, config.seed))
+    if config.matching_heads:
+        tie_matching_heads(decoder)
     return decoder
 
 

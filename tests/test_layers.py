@@ -52,7 +52,9 @@ def sources() -> list[tuple[str, pathlib.Path]]:
     found = []
     for folder in ("apr_jax", "kernels/apr_kernels", "scripts"):
         for path in sorted((ROOT / folder).rglob("*.py")):
-            module = ".".join(path.relative_to(ROOT / ("kernels" if "kernels" in folder else ".")).with_suffix("").parts)
+            module = ".".join(
+                path.relative_to(ROOT / ("kernels" if "kernels" in folder else ".")).with_suffix("").parts
+            )
             found.append((module.removesuffix(".__init__"), path))
     return found
 
@@ -76,7 +78,9 @@ def test_jit_lives_in_the_runner_and_the_trainer():
         uses = [
             node
             for node in ast.walk(ast.parse(path.read_text()))
-            if isinstance(node, ast.Attribute) and node.attr == "jit" and getattr(node.value, "id", "") in ("jax", "nnx")
+            if isinstance(node, ast.Attribute)
+            and node.attr == "jit"
+            and getattr(node.value, "id", "") in ("jax", "nnx")
         ]
         assert allowed or not uses, f"{module}:{uses[0].lineno} compiles"
 

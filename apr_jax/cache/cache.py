@@ -131,14 +131,10 @@ class KVCache:
           OutOfPages: not enough pages, even after eviction; nothing has changed.
         """
         if num_tokens > self.tail_room(context):
-            raise ValueError(
-                f"{num_tokens} tokens to reserve, the tail has room for {self.tail_room(context)}"
-            )
+            raise ValueError(f"{num_tokens} tokens to reserve, the tail has room for {self.tail_room(context)}")
         if num_tokens <= 0:
             return
-        assert not any(segment.swapped for segment in context.segments), (
-            "a context in host memory cannot grow"
-        )
+        assert not any(segment.swapped for segment in context.segments), "a context in host memory cannot grow"
         needed = self.pages_needed(context, num_tokens)
         if needed > self.pool.num_free and needed > self.num_available:
             raise OutOfPages(needed, self.num_available)
@@ -294,9 +290,7 @@ class KVCache:
     @property
     def num_cached_pages(self) -> int:
         """Pages held by the prefix cache alone."""
-        return sum(
-            len(node.segment.pages) for node in self._tree.nodes() if node.segment and not node.segment.refs
-        )
+        return sum(len(node.segment.pages) for node in self._tree.nodes() if node.segment and not node.segment.refs)
 
     @property
     def num_available(self) -> int:
@@ -324,9 +318,7 @@ class KVCache:
             assert not (segment.swapped and segment.pages), f"{segment} is swapped and has pages"
             used = self._num_used_pages(segment)
             if not segment.swapped:
-                assert len(segment.pages) == used or (not segment.sealed and len(segment.pages) > used), (
-                    segment
-                )
+                assert len(segment.pages) == used or (not segment.sealed and len(segment.pages) > used), segment
             for page in segment.pages:
                 assert page not in owner, f"page {page} is in segments {owner[page]} and {segment.id}"
                 assert self.pool.count(page) == 1, f"page {page} has {self.pool.count(page)} references"

@@ -198,9 +198,7 @@ class RadixTree:
 
 
 def _is_evictable(node: Node) -> bool:
-    return (
-        node.segment is not None and node.parent is not None and not node.children and node.segment.refs == 0
-    )
+    return node.segment is not None and node.parent is not None and not node.children and node.segment.refs == 0
 
 
 def _descendants(node: Node) -> Iterator[Node]:

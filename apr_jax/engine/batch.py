@@ -142,7 +142,10 @@ def decode_batch(
     stop_ids = np.full((rows, max_stop_ids), PADDING_ID, np.int32)
     banned_ids = np.full((rows, max_stop_ids), PADDING_ID, np.int32)
     drain = np.zeros((rows, max_stop_ids), bool)
-    ints = {name: np.zeros(rows, np.int32) for name in ("num_forced", "position", "capacity", "budget", "num_sampled", "top_k")}
+    ints = {
+        name: np.zeros(rows, np.int32)
+        for name in ("num_forced", "position", "capacity", "budget", "num_sampled", "top_k")
+    }
     floats = {name: np.ones(rows, np.float32) for name in ("top_p", "repetition_penalty")}
     floats |= {name: np.zeros(rows, np.float32) for name in ("temperature", "min_p")}
     key = np.zeros((rows, 2), np.uint32)

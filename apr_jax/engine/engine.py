@@ -19,9 +19,7 @@ class EngineCore(Loop):
     change the tree of threads; `step` and `run` make tokens. Every primitive leaves all as it was if it raises.
     """
 
-    def append(
-        self, thread: Thread, token_ids: Sequence[int] = (), *, sampling: SamplingParams | None = None
-    ) -> None:
+    def append(self, thread: Thread, token_ids: Sequence[int] = (), *, sampling: SamplingParams | None = None) -> None:
         """A stopped thread goes on.
 
         Args:
@@ -35,8 +33,14 @@ class EngineCore(Loop):
         ids = self._checked_ids(token_ids)
         if sampling is not None:
             self._check_sampling(sampling)
+        if thread.marks and ids:
+            self._settle_mark(thread)
         if not ids and not thread.pending:
             self._unfeed_last(thread)
+        if thread.marks:  # the marker is sampled from, so it gets its keys, in a segment of its own, as it runs
+            assert thread.context is not None
+            self.cache.seal(thread.context)
+            thread.num_carried = len(thread.pending)
         self._force(thread, ids)
         self._wake(thread, sampling)
 
@@ -69,6 +73,7 @@ class EngineCore(Loop):
         needed = self.scheduler.family_pages(thread.family) + len(lists)  # a page a child, at least
         if needed > bound:
             raise OutOfPages(needed, bound, "the family's bound")
+        self._settle_mark(thread)
         carried: list[int] = []
         if all(lists):
             self._flush([thread])
@@ -123,11 +128,12 @@ class EngineCore(Loop):
         return children
 
     def mark(self, thread: Thread) -> None:
-        """What a stopped thread says from here on is its conclusion: the span a `conclusion` join keeps."""
+        """What a stopped thread says after its last token is its conclusion: the span a `conclusion` join keeps.
+
+        It goes on with `append`.
+        """
         self._check_status(thread, Status.STOPPED)
-        self._flush([thread])
-        assert thread.context is not None
-        self.cache.mark(thread.context)
+        thread.marks = True
 
     def join(
         self,
@@ -173,6 +179,8 @@ class EngineCore(Loop):
             self._flush(children[:1])
         elif mode != "splice":
             self._flush(children)
+            for child in children:
+                self._settle_mark(child)
         started = time.perf_counter()
         parts, position, again = self._parts(thread, children, mode)
         self.cache.join(thread.context, parts, position)
@@ -216,20 +224,26 @@ class EngineCore(Loop):
             self.cache.seal(child.context)
             contexts.append(child.context)
         parts = [own_segments(context) for context in contexts]
-        if thread.carried:  # each child's first segment holds them; the first child's is enough
-            parts[1:] = [part[1:] for part in parts[1:]]
+        # Each child begins with the tokens that the fork carried; the first child's are enough.
+        firsts = [_split_at(part, len(thread.carried)) for part in parts]
         if mode == "conclusion":
-            kept = parts[0][:1] if parts and thread.carried else []
-            spans = [marked_segments(context) for context in contexts]
-            parts = [[s for s in part if s in span] for part, span in zip(parts, spans, strict=True)]
-            if kept and kept[0] not in parts[0]:
-                parts[0] = kept + parts[0]
+            ends = [marked_segments(context) for context in contexts]
+            firsts = [(f, [s for s in rest if s in end]) for (f, rest), end in zip(firsts, ends, strict=True)]
+        parts = [rest if i else first + rest for i, (first, rest) in enumerate(firsts)]
         if mode in ("select", "prefill"):
             position = contexts[0].next_position if contexts else position
         else:
             position = max([position, *(context.next_position for context in contexts)])
         again = [token for child in children[1:] for token in self._text_ids(child)] if mode == "prefill" else []
         return parts, position, again
+
+    def _settle_mark(self, thread: Thread) -> None:
+        """Tells the cache of a mark whose token can get its keys now."""
+        if thread.marks:
+            self._flush([thread])
+            assert thread.context is not None
+            self.cache.mark(thread.context)
+            thread.marks, thread.num_carried = False, 0
 
     def _text_ids(self, thread: Thread) -> list[int]:
         """The thread's tokens with those of the children it joined, in the order of the text."""
@@ -270,9 +284,7 @@ class EngineCore(Loop):
         thread.stop = None
         thread.status = Status.WAITING
 
-    def _one_each(
-        self, sampling: SamplingParams | Sequence[SamplingParams], count: int
-    ) -> list[SamplingParams]:
+    def _one_each(self, sampling: SamplingParams | Sequence[SamplingParams], count: int) -> list[SamplingParams]:
         check(count > 0, "a fork into 0 children, at least 1 is needed")
         params = [sampling] * count if isinstance(sampling, SamplingParams) else list(sampling)
         check(len(params) == count, f"{len(params)} sampling parameters for {count} children")
@@ -290,7 +302,10 @@ class EngineCore(Loop):
         """Takes back the keys of the thread's last token, so that it can be sampled from."""
         context = thread.context
         assert context is not None
-        check(context.tail_len > 0, f"thread {thread.id} has just been sealed: it needs forced tokens to go on with")
+        check(
+            context.tail_len > 0,
+            f"thread {thread.id} has just been sealed: it needs forced tokens to go on with",
+        )
         last = context.segments[-1].token_ids[-1]
         self.cache.rollback(context, 1)
         thread.pending = [last]
@@ -309,3 +324,13 @@ class EngineCore(Loop):
             self._feed(group, by_id, {thread.id: slot for slot, thread in enumerate(group)})
             group[0].family.counters.flush_tokens += sum(counts)
             group[0].family.counters.prefill_tokens -= sum(counts)
+
+
+def _split_at(segments: list[Segment], num_tokens: int) -> tuple[list[Segment], list[Segment]]:
+    """The segments that hold the first num_tokens, and the rest; a segment's end lies there."""
+    end = 0
+    while num_tokens > 0:
+        num_tokens -= segments[end].num_tokens
+        end += 1
+    assert num_tokens == 0, "carried tokens are sealed apart"
+    return segments[:end], segments[end:]

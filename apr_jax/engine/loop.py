@@ -17,7 +17,13 @@ from apr_jax.cache.context import Context
 from apr_jax.cache.plan_builder import PlanBuilder, PlanOverflow
 from apr_jax.config import CacheConfig, EngineConfig, ModelConfig, check
 from apr_jax.engine import events
-from apr_jax.engine.batch import PADDING_ID, DecodeBatch, DecodeResult, PrefillBatch, decode_batch, prefill_batch
+from apr_jax.engine.batch import (
+    PADDING_ID,
+    DecodeBatch,
+    DecodeResult,
+    decode_batch,
+    prefill_batch,
+)
 from apr_jax.engine.runner import Runner
 from apr_jax.engine.scheduler import WANTS_TO_RUN, Scheduler, Work
 from apr_jax.engine.stop_strings import find_stop
@@ -332,9 +338,7 @@ class Loop:
             stop = self._find_stop(thread, first_new)
             kept = thread.token_ids[first_new:]
             if kept:
-                self.emit(
-                    events.TokenEvent, thread, token_ids=tuple(kept), sampled=(True,) * len(kept)
-                )
+                self.emit(events.TokenEvent, thread, token_ids=tuple(kept), sampled=(True,) * len(kept))
             if stop is not None:
                 if not thread.pending and stop.reason == "stop_id":
                     thread.family.counters.flush_tokens += 1
@@ -387,7 +391,8 @@ class Loop:
         if thread.num_carried and token_ids:
             thread.num_carried -= len(token_ids)
             if thread.num_carried == 0:
-                self.cache.seal(context)
+                (self.cache.mark if thread.marks else self.cache.seal)(context)
+                thread.marks = False
         counters = thread.family.counters
         counters.max_context_tokens = max(counters.max_context_tokens, context.num_tokens)
 
@@ -414,7 +419,11 @@ class Loop:
     def _note_preemption(self, family: Family, thread: Thread | None, num_pages: int, resumed: bool) -> None:
         whole = thread is None
         self.emit(
-            events.PreemptEvent, thread or family.root, num_pages=num_pages, resumed=resumed, whole_family=whole
+            events.PreemptEvent,
+            thread or family.root,
+            num_pages=num_pages,
+            resumed=resumed,
+            whole_family=whole,
         )
 
     def _emit_step(self) -> None:

@@ -101,9 +101,7 @@ class Runner:
         self._decode = jax.jit(self._decode_fn, donate_argnums=1)
         self._read = jax.jit(self._read_fn)
         self._write = jax.jit(self._write_fn, donate_argnums=0)
-        logger.info(
-            "attention: reference (plain jax.numpy) on %s, %s pages", jax.default_backend(), dtype.name
-        )
+        logger.info("attention: reference (plain jax.numpy) on %s, %s pages", jax.default_backend(), dtype.name)
 
     def update_params(self, decoder: Decoder) -> None:
         """Takes new weights of the same architecture. The caller flushes the prefix cache."""
@@ -164,9 +162,7 @@ class Runner:
             count = min(SWAP_PAGES, len(page_ids) - start)
             fetched = jax.device_get(self._read(self.pages, ids))
             parts.append([[leaf[:count] for leaf in jax.tree.leaves(layer)] for layer in fetched])
-        return [
-            [np.concatenate(leaves) for leaves in zip(*layers, strict=True)] for layers in zip(*parts, strict=True)
-        ]
+        return [[np.concatenate(leaves) for leaves in zip(*layers, strict=True)] for layers in zip(*parts, strict=True)]
 
     def write_pages(self, page_ids: Sequence[int], data: list[list[np.ndarray]]) -> None:
         """Copies what `read_pages` returned back, to other pages if need be. Donates the pages."""

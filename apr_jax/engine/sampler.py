@@ -112,7 +112,5 @@ def sample(
         picked = jnp.take_along_axis(jax.nn.log_softmax(x, axis=-1), tokens[:, None], axis=-1)[:, 0]
         return picked.astype(jnp.float32)
 
-    logprobs = lax.cond(
-        jnp.any(state.wants_logprobs), logprob_of, lambda x: jnp.zeros(x.shape[0], jnp.float32), raw
-    )
+    logprobs = lax.cond(jnp.any(state.wants_logprobs), logprob_of, lambda x: jnp.zeros(x.shape[0], jnp.float32), raw)
     return tokens, logprobs

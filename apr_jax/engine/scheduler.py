@@ -214,7 +214,7 @@ class Scheduler:
                     break
                 except OutOfPages:
                     others = [f for f in self.families.values() if f is not thread.family]
-                    if not any(self._step_back(f) for f in reversed(others)) and not self._evict_own(threads):
+                    if not any(self._step_back(f, threads) for f in reversed(others)) and not self._evict_own(threads):
                         raise
 
     def family_pages(self, family: Family) -> int:
@@ -253,7 +253,7 @@ class Scheduler:
         for family in reversed(self.families.values()):
             if family.id <= thread.family.id:
                 return False
-            if self._step_back(family):
+            if self._step_back(family, [thread]):
                 return True
         return False
 
@@ -262,7 +262,8 @@ class Scheduler:
         for family in self.families.values():
             if family.id >= thread.family.id:
                 return False
-            if not any(t.status in WANTS_TO_RUN for t in family.threads) and self._step_back(family):
+            idle = not any(t.status in WANTS_TO_RUN for t in family.threads)
+            if idle and self._step_back(family, [thread]):
                 return True
         return False
 
@@ -291,13 +292,13 @@ class Scheduler:
                 return True
         return False
 
-    def _step_back(self, family: Family) -> int:
-        """The whole family loses its slots and its segments move to host memory; the pages that came free."""
+    def _step_back(self, family: Family, kept: Sequence[Thread] = ()) -> int:
+        """The whole family loses its slots and what `kept` does not read moves to host memory; pages that came free."""
         running = [t for t in family.threads if t.status is Status.RUNNING]
         before = self.cache.num_available
         for thread in running:
             self._lose_slot(thread)
-        self._move_out(family.live)
+        self._move_out(family.live, kept)
         moved = self.cache.num_available - before
         if moved or running:
             family.counters.preemptions += 1
@@ -331,4 +332,3 @@ class Scheduler:
 def _unique_segments(threads: Iterable[Thread]) -> list[Segment]:
     found = {s.id: s for t in threads if t.context is not None for s in t.context.segments}
     return list(found.values())
-

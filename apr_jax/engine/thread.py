@@ -100,6 +100,7 @@ class Thread:
       carried: of a parent: the tokens that its fork left without keys and put before every child's.
       num_carried: of a child: how many of those it has still to feed; they become a segment of their own, so that
         a join can count them once.
+      marks: what follows the thread's last token is its conclusion; the cache is told when that token has keys.
     """
 
     id: int
@@ -121,6 +122,7 @@ class Thread:
     slot: int | None = None
     carried: list[int] = dataclasses.field(default_factory=list)
     num_carried: int = 0
+    marks: bool = False
     num_forks: int = 0
     num_sampled: int = 0  # over the thread's whole life; what the random keys count
     budget: int = 0  # tokens it may still sample before it stops with `length`

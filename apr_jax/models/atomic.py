@@ -56,9 +56,7 @@ def check_new_directory(directory: str | Path) -> None:
 
 
 def _disk_full(directory: Path, needed_bytes: int, free: int) -> OSError:
-    message = (
-        f"the disk is full: {directory} needs {needed_bytes:,} bytes, {free:,} are free; nothing was written"
-    )
+    message = f"the disk is full: {directory} needs {needed_bytes:,} bytes, {free:,} are free; nothing was written"
     return OSError(errno.ENOSPC, message)
 
 

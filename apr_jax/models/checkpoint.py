@@ -122,9 +122,7 @@ def _load_own(directory: Path, dtype) -> Decoder:
             raise ValueError(f"{path} is no orbax checkpoint: {' '.join(str(error).split())}") from error
         _check_params(path, {name: tuple(array.shape) for name, array in found.items()}, expected)
         sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        target = {
-            name: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding) for name, s in expected.items()
-        }
+        target = {name: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding) for name, s in expected.items()}
         try:
             params = checkpointer.restore(path, target)
         except Exception as error:

@@ -62,9 +62,7 @@ class Decoder(nnx.Module):
         assert len(caches) == len(self.layers), f"{len(caches)} caches for {len(self.layers)} layers"
         with jax.named_scope("embed"):
             x = jnp.take(self.embedding[...], tokens, axis=0, mode="clip")
-            table = rope_table(
-                self.config.rope, self.config.head_dim, positions, accumulation_dtype(self.dtype)
-            )
+            table = rope_table(self.config.rope, self.config.head_dim, positions, accumulation_dtype(self.dtype))
         new_caches = []
         for layer_idx, (layer, cache) in enumerate(zip(self.layers, caches, strict=True)):
             with jax.named_scope(f"layer_{layer_idx}"):

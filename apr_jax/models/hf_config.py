@@ -131,9 +131,7 @@ def _refuse_unsupported(hf: dict[str, Any], model_type: str) -> None:
         hf.get("hidden_act", "silu") in ("silu", "swish"),
         f"hidden_act is {hf.get('hidden_act')!r}, expected 'silu'",
     )
-    check(
-        not hf.get("quantization_config"), "quantization_config is set, expected weights in bf16, f16 or f32"
-    )
+    check(not hf.get("quantization_config"), "quantization_config is set, expected weights in bf16, f16 or f32")
     check(
         hf.get("partial_rotary_factor") in (None, 1, 1.0),
         f"partial_rotary_factor is {hf.get('partial_rotary_factor')}, expected 1",
@@ -169,9 +167,7 @@ def _rope(hf: dict[str, Any]) -> RopeConfig:
     if kind == "default":
         return RopeConfig(theta=theta)
     max_position = hf["max_position_embeddings"]
-    original = hf.get(
-        "original_max_position_embeddings", scaling.get("original_max_position_embeddings", max_position)
-    )
+    original = hf.get("original_max_position_embeddings", scaling.get("original_max_position_embeddings", max_position))
     factor = scaling.get("factor")
     if kind == "yarn" and factor is None:
         factor = max_position / original

@@ -100,9 +100,7 @@ def check_tensors(files: TensorFiles, shapes: dict[str, jax.ShapeDtypeStruct]) -
     Raises:
       ValueError: names the first tensor that differs, what was found and expected, and how many more.
     """
-    expected = {
-        hf_name(name): s.shape[::-1] if is_transposed(name) else s.shape for name, s in shapes.items()
-    }
+    expected = {hf_name(name): s.shape[::-1] if is_transposed(name) else s.shape for name, s in shapes.items()}
     problems = []
     for name, shape in expected.items():
         if name not in files.stored:

@@ -25,13 +25,9 @@ def matmul_precision(dtype) -> jax.lax.Precision | None:
 class Linear(nnx.Module):
     """y = x @ kernel (+ bias), kernel: [in, out]. `residual_scale` multiplies the initial weights."""
 
-    def __init__(
-        self, d_in: int, d_out: int, *, bias: bool, dtype, rngs: nnx.Rngs, residual_scale: float = 1.0
-    ):
+    def __init__(self, d_in: int, d_out: int, *, bias: bool, dtype, rngs: nnx.Rngs, residual_scale: float = 1.0):
         std = residual_scale * d_in**-0.5
-        self.kernel = nnx.Param(
-            jax.random.normal(rngs.params(), (d_in, d_out), dtype) * jnp.asarray(std, dtype)
-        )
+        self.kernel = nnx.Param(jax.random.normal(rngs.params(), (d_in, d_out), dtype) * jnp.asarray(std, dtype))
         self.bias = nnx.Param(jnp.zeros(d_out, dtype)) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -29,9 +29,7 @@ def build_decoder(config: ModelConfig, dtype, read: Callable[[str], jax.Array]) 
       read: name -> array of the shape and dtype that `param_shapes` states.
     """
     graph, flat = _abstract(config, dtype)
-    return nnx.merge(
-        graph, nnx.from_flat_state([(path, var.replace(read(_name(path)))) for path, var in flat])
-    )
+    return nnx.merge(graph, nnx.from_flat_state([(path, var.replace(read(_name(path)))) for path, var in flat]))
 
 
 def _abstract(config: ModelConfig, dtype):

@@ -211,24 +211,17 @@ class Driver:
             run.starved.discard(thread.id)
         return dataclasses.replace(sampling or thread.sampling, max_new_tokens=granted)
 
-    def _append(
-        self, run: Run, thread: Thread, tokens: Sequence[int], sampling: SamplingParams | None
-    ) -> None:
+    def _append(self, run: Run, thread: Thread, tokens: Sequence[int], sampling: SamplingParams | None) -> None:
         self.core.append(thread, tokens, sampling=self._granted(run, thread, tokens, sampling))
 
     def _mark(self, run: Run, thread: Thread, action: Mark) -> None:
-        try:
-            self.core.mark(thread)
-        except OutOfPages as error:
-            self._degrade(run, thread, f"conclusion not marked: {error}")
-        self._append(run, thread, action.tokens, action.sampling)
+        self.core.mark(thread)
+        self._append(run, thread, (), action.sampling)
 
     def _fork(self, run: Run, thread: Thread, action: Fork) -> None:
         bound = run.request.guards.max_fan_out
         if len(action.token_lists) > bound:
-            self._degrade(
-                run, thread, f"fork into {len(action.token_lists)} children cut to max_fan_out = {bound}"
-            )
+            self._degrade(run, thread, f"fork into {len(action.token_lists)} children cut to max_fan_out = {bound}")
             params = action.sampling
             action = dataclasses.replace(
                 action,

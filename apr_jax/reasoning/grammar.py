@@ -34,7 +34,6 @@ class Grammar:
       nested: whether children may fork; if not, a trigger inside them is plain text.
       conclusion_marker: in a child, what follows it is its conclusion, the span that a `conclusion` join
         keeps.
-      after_marker: forced behind the marker, so that the conclusion has a first token.
       child_sampling: sampling parameters that differ inside children.
     """
 
@@ -50,7 +49,6 @@ class Grammar:
     join: JoinMode = "stitch"
     nested: bool = True
     conclusion_marker: str | None = None
-    after_marker: str = ""
     child_sampling: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
@@ -63,10 +61,6 @@ class Grammar:
         check(
             (self.outline is None) == (self.num_paths > 0),
             "either outline or num_paths says how many children",
-        )
-        check(
-            (self.conclusion_marker is None) == (not self.after_marker),
-            "conclusion_marker and after_marker go together: a conclusion needs a first token",
         )
 
 
@@ -87,14 +81,11 @@ class GrammarProgram(Program):
         self._tokenizer = tokenizer
         self._closer = tokenizer.encode(grammar.closer, continuation=True)
         self._after_join = tokenizer.encode(grammar.after_join, continuation=True)
-        self._after_marker = tokenizer.encode(grammar.after_marker, continuation=True)
         tags = [grammar.trigger, grammar.closer, grammar.conclusion_marker]
         self._tag_ids = {tag: tokenizer.token_id(tag) for tag in tags if tag is not None}
 
     def start(self, request: Request) -> Append:
-        return Append(
-            sampling=self._with_stops(request.sampling, [self.grammar.trigger, self.grammar.closer])
-        )
+        return Append(sampling=self._with_stops(request.sampling, [self.grammar.trigger, self.grammar.closer]))
 
     def on_stop(self, thread: Thread, stop: Stop) -> Append | Mark | Fork | Finish:
         grammar, is_child = self.grammar, thread.parent is not None
@@ -104,7 +95,7 @@ class GrammarProgram(Program):
         if tag == grammar.closer:
             return Finish("closed") if is_child else Append(degraded=(f"{tag} outside of a thread",))
         if tag is not None:
-            return Mark(self._after_marker)
+            return Mark()
         if not is_child or self._is_closed(thread):
             return Finish(stop.reason)
         closing = dataclasses.replace(thread.sampling, max_new_tokens=0)

@@ -81,11 +81,8 @@ class Append(Action):
 
 @dataclasses.dataclass(frozen=True)
 class Mark(Action):
-    """What the thread says from here on is its conclusion; it goes on with these forced tokens, at least
-    one.
-    """
+    """What the thread says from here on is its conclusion; it goes on."""
 
-    tokens: Sequence[int]
     sampling: SamplingParams | None = None
 
 

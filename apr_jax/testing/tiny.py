@@ -11,9 +11,7 @@ from apr_jax.models.params import build_decoder, param_shapes
 from apr_jax.tokenizers import ByteTokenizer
 
 MULTIVERSE_TAGS = tuple(
-    f"<{slash}{name}>"
-    for name in ("Parallel", "Goal", "Outline", "Path", "Conclusion")
-    for slash in ("", "/")
+    f"<{slash}{name}>" for name in ("Parallel", "Goal", "Outline", "Path", "Conclusion") for slash in ("", "/")
 )
 
 

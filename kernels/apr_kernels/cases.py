@@ -95,9 +95,7 @@ CASES = (
     Case(  # a join of joins: partly filled pages in the middle, segments of one token
         name="joined",
         segments={"p": 33, "a": 1, "b": 17, "c": 5, "d": 48, "other": 20},
-        rows=_rows(
-            (("p", "a", "b", "c", "d"), 7), (("p", "a", "b"), 1), (("other",), 12), (("other", "d"), 0)
-        ),
+        rows=_rows((("p", "a", "b", "c", "d"), 7), (("p", "a", "b"), 1), (("other",), 12), (("other", "d"), 0)),
     ),
     Case(
         name="one_kv_head",
@@ -139,11 +137,7 @@ def build(case: Case, rng: np.random.Generator, dtype=np.float32) -> CaseData:
     contexts, tails = [], []
     segments = {name: layout.add(length) for name, length in case.segments.items()}
     for row in case.rows:
-        tail = (
-            layout.add(row.tail_len, row.tail_len + row.num_queries)
-            if row.slot is not None
-            else ([], *layout.empty)
-        )
+        tail = layout.add(row.tail_len, row.tail_len + row.num_queries) if row.slot is not None else ([], *layout.empty)
         tails.append(tail[0])
         parts = [tail[1:], *(segments[name][1:] for name in row.segments)]
         contexts.append(tuple(np.concatenate([part[i] for part in parts]) for i in range(2)))
@@ -183,8 +177,7 @@ class _Layout:
         self.rng, self.case, self.dtype = rng, case, dtype
         self.free = [int(page) for page in rng.permutation(np.arange(1, num_pages))]
         self.k, self.v = (
-            np.full((case.num_kv_heads, num_pages, case.page_size, case.head_dim), np.nan, dtype)
-            for _ in range(2)
+            np.full((case.num_kv_heads, num_pages, case.page_size, case.head_dim), np.nan, dtype) for _ in range(2)
         )
         self.empty = tuple(np.zeros((0, case.num_kv_heads, case.head_dim), dtype) for _ in range(2))
 
@@ -194,9 +187,7 @@ class _Layout:
         pages = [self.free.pop() for _ in range(-(-(reserved or length) // size))]
         written = []
         for store in (self.k, self.v):
-            data = self.rng.normal(size=(length, self.case.num_kv_heads, self.case.head_dim)).astype(
-                self.dtype
-            )
+            data = self.rng.normal(size=(length, self.case.num_kv_heads, self.case.head_dim)).astype(self.dtype)
             for i in range(0, length, size):
                 part = data[i : i + size]
                 store[:, pages[i // size]] = 0

@@ -120,15 +120,11 @@ def validate_plan(plan: Plan, *, num_pages: int, page_size: int) -> None:
     check_shapes(plan)
     num_slots = plan.num_slots
     for name, array in (("pages", plan.pages), ("tail_pages", plan.tail_pages)):
-        _require(
-            np.all((array >= 0) & (array < num_pages)), f"plan.{name} holds an id outside [0, {num_pages})"
-        )
+        _require(np.all((array >= 0) & (array < num_pages)), f"plan.{name} holds an id outside [0, {num_pages})")
     _require(np.all((plan.fills >= 0) & (plan.fills <= page_size)), f"plan.fills outside [0, {page_size}]")
     _require(not np.any((plan.pages == 0) & (plan.fills > 0)), "the null page has a fill above 0")
     lo, hi = plan.rows[:, 0], plan.rows[:, 1]
-    _require(
-        np.all((lo >= 0) & (lo <= hi) & (hi <= plan.num_rows)), f"plan.rows outside [0, {plan.num_rows}]"
-    )
+    _require(np.all((lo >= 0) & (lo <= hi) & (hi <= plan.num_rows)), f"plan.rows outside [0, {plan.num_rows}]")
     readers = hi - lo
     _require(np.all(readers[plan.num_shared :] <= 1), "a private item has more than one reader")
     _used_prefix(readers[: plan.num_shared] > 0, "shared")
@@ -141,9 +137,7 @@ def validate_plan(plan: Plan, *, num_pages: int, page_size: int) -> None:
 
 def _validate_slots(plan: Plan, num_slots: int, page_size: int) -> None:
     served = plan.row_slot[plan.row_slot < num_slots]
-    _require(
-        np.all((plan.row_slot >= 0) & (plan.row_slot <= num_slots)), f"row_slot outside [0, {num_slots}]"
-    )
+    _require(np.all((plan.row_slot >= 0) & (plan.row_slot <= num_slots)), f"row_slot outside [0, {num_slots}]")
     _require(len(np.unique(served)) == len(served), "two rows serve one slot")
     owned = plan.tail_pages[plan.tail_pages > 0]
     _require(len(np.unique(owned)) == len(owned), "a page is in two places of plan.tail_pages")
@@ -153,9 +147,7 @@ def _validate_slots(plan: Plan, num_slots: int, page_size: int) -> None:
         _require(0 <= slot < num_slots, f"plan.tail_slot[{w}] is {slot}, must be in [-1, {num_slots})")
         _require(plan.rows[w, 1] - plan.rows[w, 0] == 1, f"tail item {w} has no single reader")
         _require(plan.row_slot[plan.rows[w, 0]] == slot, f"tail item {w} is read by another slot than {slot}")
-        _require(
-            offset >= 0 and offset % page_size == 0, f"plan.tail_offset[{w}] is {offset}, not a page's start"
-        )
+        _require(offset >= 0 and offset % page_size == 0, f"plan.tail_offset[{w}] is {offset}, not a page's start")
         first = offset // page_size
         pages = np.zeros(plan.item_pages, np.int64)
         owned = plan.tail_pages[slot, first : first + plan.item_pages]

@@ -132,9 +132,7 @@ def test_a_shared_item_is_gathered_once_for_all_rows():
     jaxpr = jax.make_jaxpr(paged_attention)(data.q, data.kv_pages, plan, data.tail_len, data.num_queries)
     item = case.item_pages * case.page_size * case.num_kv_heads * case.head_dim
     chunk = 2 * len(case.rows) * attention_reference.CHUNK_TOKENS * case.num_kv_heads * case.head_dim
-    largest = max(
-        var.aval.size for eqn in equations(jaxpr.jaxpr) for var in eqn.outvars if hasattr(var.aval, "size")
-    )
+    largest = max(var.aval.size for eqn in equations(jaxpr.jaxpr) for var in eqn.outvars if hasattr(var.aval, "size"))
     assert largest <= max(item, chunk, data.kv_pages.k.size)
 
 
@@ -161,9 +159,7 @@ def test_the_update_is_in_place():
 def test_a_token_without_a_page_is_dropped():
     data = cases.build(cases.CASES[3], np.random.default_rng(7))
     no_pages = dataclasses.replace(data.plan, tail_pages=np.zeros_like(data.plan.tail_pages))
-    after = kv_update(
-        data.kv_pages, data.k, data.v, cases.on_device(no_pages), data.tail_len, data.num_queries
-    )
+    after = kv_update(data.kv_pages, data.k, data.v, cases.on_device(no_pages), data.tail_len, data.num_queries)
     np.testing.assert_array_equal(np.asarray(after.k), np.asarray(data.kv_pages.k))
     np.testing.assert_array_equal(np.asarray(after.v), np.asarray(data.kv_pages.v))
 

@@ -187,9 +187,7 @@ class Simulation:
         ready = [
             parent
             for parent in self.threads
-            if parent in parents
-            and not parent.swapped
-            and not any(map(self.is_suspended, self.children(parent)))
+            if parent in parents and not parent.swapped and not any(map(self.is_suspended, self.children(parent)))
         ]
         if not ready:
             return
@@ -231,12 +229,7 @@ class Simulation:
     def swap_out(self, choice: int, mask: int) -> None:
         """Preempts some threads: what they alone read goes to host memory."""
         chosen = [t for i, t in enumerate(self.threads) if i % 4 == mask % 4 and not t.swapped]
-        others = {
-            segment
-            for t in self.threads
-            if t not in chosen and not t.swapped
-            for segment in t.context.segments
-        }
+        others = {segment for t in self.threads if t not in chosen and not t.swapped for segment in t.context.segments}
         for thread in chosen:
             self.cache.trim(thread.context)
             thread.swapped = True

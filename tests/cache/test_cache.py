@@ -7,9 +7,7 @@ from apr_jax.config import CacheConfig
 from apr_jax.types import OutOfPages
 
 
-def make(
-    num_pages: int = 33, page_size: int = 4, prefix_cache: bool = True, max_tail_pages: int = 4
-) -> KVCache:
+def make(num_pages: int = 33, page_size: int = 4, prefix_cache: bool = True, max_tail_pages: int = 4) -> KVCache:
     config = CacheConfig(page_size=page_size, num_pages=num_pages, prefix_cache=prefix_cache)
     return KVCache(config, max_tail_pages)
 

@@ -83,9 +83,7 @@ class Harness:
         slots = {(2 * i + 1) % NUM_SLOTS: each for i, each in enumerate(lengths)}
         for seen, length in lengths:
             self.cache.reserve(seen.context, length)
-        plan = self.plans.build(
-            [(slot, seen.context) for slot, (seen, _) in slots.items()], NUM_ROWS, NUM_SLOTS
-        )
+        plan = self.plans.build([(slot, seen.context) for slot, (seen, _) in slots.items()], NUM_ROWS, NUM_SLOTS)
         validate_plan(plan, num_pages=self.cache.config.num_pages, page_size=self.cache.page_size)
         tail_len = np.zeros(NUM_SLOTS, np.int32)
         for row, slot in enumerate(plan.row_slot):
@@ -99,9 +97,7 @@ class Harness:
         for row, slot in enumerate(plan.row_slot):
             if slot < NUM_SLOTS:
                 seen, length = slots[int(slot)]
-                self._note(
-                    seen, tokens[row, :length], positions[row, :length], np.asarray(logits[row, :length])
-                )
+                self._note(seen, tokens[row, :length], positions[row, :length], np.asarray(logits[row, :length]))
 
     def _note(self, seen: Seen, tokens, positions, logits) -> None:
         for token, position, row in zip(tokens, positions, logits):
@@ -133,9 +129,7 @@ class Harness:
         mask = np.zeros((DENSE_TOKENS, DENSE_TOKENS), bool)
         for token, visible in enumerate(self.masks):
             mask[token, visible] = True
-        padded = (
-            np.pad(np.array(each, np.int32), (0, DENSE_TOKENS - n)) for each in (self.tokens, self.positions)
-        )
+        padded = (np.pad(np.array(each, np.int32), (0, DENSE_TOKENS - n)) for each in (self.tokens, self.positions))
         want = np.asarray(_dense(self.decoder, *padded, mask))[:n]
         np.testing.assert_allclose(np.stack(self.logits), want, atol=1e-4, rtol=1e-4)
 

@@ -13,9 +13,7 @@ CACHE = CacheConfig(page_size=4, num_pages=200, prefix_cache=False)
 def builder(**settings) -> PlanBuilder:
     return PlanBuilder(
         CACHE,
-        EngineConfig(
-            **{"max_tail_pages": 8, "item_pages": 2, "min_shared_tokens": 8, "max_partials": 4, **settings}
-        ),
+        EngineConfig(**{"max_tail_pages": 8, "item_pages": 2, "min_shared_tokens": 8, "max_partials": 4, **settings}),
     )
 
 

@@ -1,6 +1,7 @@
 """Random families for engine tests: each is a generator that says what its threads do, whatever runs beside it."""
 
 import numpy as np
+
 from apr_jax.engine.engine import EngineCore
 from apr_jax.engine.thread import Status, Thread
 from apr_jax.types import SamplingParams

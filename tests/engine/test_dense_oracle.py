@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scenarios import Family, drive
+
 from apr_jax.config import CacheConfig, EngineConfig
 from apr_jax.engine.engine import EngineCore
 from apr_jax.engine.thread import Thread
 from apr_jax.models.dense import dense_logits
 from apr_jax.testing import byte_tokenizer, tiny_config, tiny_decoder
-from scenarios import Family, drive
 
 MODEL = tiny_config(vocab_size=40, eos_ids=(0,), max_position=2048)
 PADDED = 1024
@@ -62,7 +63,7 @@ class Replay:
 
     def join(self, record, context: list[int], position: int) -> int:
         at_fork, fork_position = list(context), position
-        for ordinal, child in enumerate(record.children):
+        for child in record.children:
             spawned = bool(child.prompt_ids)
             start = [] if spawned else list(at_fork)
             ended, end_position = self.thread(child, start, 0 if spawned else fork_position)

@@ -6,6 +6,7 @@ import math
 
 import jax
 import pytest
+
 from apr_jax.config import CacheConfig, EngineConfig
 from apr_jax.engine import events
 from apr_jax.engine.engine import EngineCore
@@ -75,7 +76,9 @@ def test_stop_strings_roll_back(engine):
 
 
 def test_logprobs_are_the_models(engine):
-    thread = finished(engine, [9, 8, 7], SamplingParams(max_new_tokens=5, ignore_eos=True, logprobs=True, temperature=1.0))
+    thread = finished(
+        engine, [9, 8, 7], SamplingParams(max_new_tokens=5, ignore_eos=True, logprobs=True, temperature=1.0)
+    )
     assert all(-20 < x < 0 for x in thread.logprobs)
     engine.append(thread, [1, 2], sampling=dataclasses.replace(FREE_RUN, max_new_tokens=1))
     assert all(math.isnan(x) for x in thread.logprobs[5:7])
@@ -153,8 +156,8 @@ def test_an_empty_fork_counts_the_last_token_once(engine):
 
 def test_cancel_at_any_moment(engine):
     shared = [6] * 20
-    keeper = engine.submit(shared + [1], sampling=FREE_RUN)
-    threads = [engine.submit(shared + [i], sampling=FREE_RUN) for i in range(12)]
+    keeper = engine.submit([*shared, 1], sampling=FREE_RUN)
+    threads = [engine.submit([*shared, i], sampling=FREE_RUN) for i in range(12)]
     for thread in threads[:4]:
         engine.cancel(thread)  # before it ran
     engine.listeners.append(lambda e: engine.cancel(threads[5]) if isinstance(e, events.TokenEvent) else None)
@@ -167,7 +170,7 @@ def test_cancel_at_any_moment(engine):
     engine.listeners.clear()
     engine.run()
     assert threads[5].status is Status.CANCELLED
-    assert keeper.token_ids == finished(engine, shared + [1], FREE_RUN).token_ids
+    assert keeper.token_ids == finished(engine, [*shared, 1], FREE_RUN).token_ids
 
 
 def test_events_tell_the_whole_story(engine):
@@ -210,7 +213,9 @@ def test_after_warm_up_nothing_compiles(caplog):
     try:
         with caplog.at_level(logging.WARNING, logger="jax"):
             root = finished(engine, list(range(1, 60)), dataclasses.replace(FREE_RUN, temperature=0.7, top_p=0.9))
-            children = engine.fork(root, [[1], [2], [3]], sampling=dataclasses.replace(FREE_RUN, repetition_penalty=1.2))
+            children = engine.fork(
+                root, [[1], [2], [3]], sampling=dataclasses.replace(FREE_RUN, repetition_penalty=1.2)
+            )
             engine.run()
             engine.join(root, children, tokens=[4], sampling=FREE_RUN)
             engine.run()

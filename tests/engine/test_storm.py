@@ -4,13 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scenarios import Family, drive
+
 from apr_jax.config import CacheConfig, EngineConfig
 from apr_jax.engine import events
 from apr_jax.engine.engine import EngineCore
 from apr_jax.engine.runner import Runner
 from apr_jax.testing import byte_tokenizer, tiny_config, tiny_decoder
 from apr_jax.types import SamplingParams
-from scenarios import Family, drive
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -41,9 +42,7 @@ def runner(float64):
 
 def make_engine(runner: Runner, num_pages: int = NUM_PAGES, prefix_cache: bool = True) -> EngineCore:
     cache_config = CacheConfig(page_size=4, num_pages=num_pages, prefix_cache=prefix_cache)
-    return EngineCore(
-        MODEL, None, byte_tokenizer(), cache_config=cache_config, engine_config=CONFIG, runner=runner
-    )
+    return EngineCore(MODEL, None, byte_tokenizer(), cache_config=cache_config, engine_config=CONFIG, runner=runner)
 
 
 def assert_clean(engine: EngineCore) -> None:

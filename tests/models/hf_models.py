@@ -78,9 +78,7 @@ def make_model(family: str, directory: Path):
     model = getattr(transformers, f"{kind}ForCausalLM")(config)
     with torch.no_grad():  # large enough that nothing is near uniform, and that norms and biases matter
         for name, parameter in model.named_parameters():
-            parameter.normal_(
-                1.0 if "norm" in name else 0.0, 0.2 if "norm" in name or "bias" in name else 0.12
-            )
+            parameter.normal_(1.0 if "norm" in name else 0.0, 0.2 if "norm" in name or "bias" in name else 0.12)
     size = sum(p.numel() for p in model.parameters()) * (4 if dtype == "float32" else 2)
     model.to(getattr(torch, dtype)).save_pretrained(
         directory, max_shard_size=size + 10_000 if num_shards == 1 else size * 2 // 3

@@ -44,9 +44,7 @@ def test_round_trip(tmp_path, dtype):
 def test_what_is_no_checkpoint(tmp_path):
     with pytest.raises(ValueError, match=r"no checkpoint 'nothing': expected a directory or a preset \("):
         load_checkpoint("nothing")
-    with pytest.raises(
-        ValueError, match=r"is no checkpoint: it holds neither model_config.json nor config.json"
-    ):
+    with pytest.raises(ValueError, match=r"is no checkpoint: it holds neither model_config.json nor config.json"):
         load_checkpoint(tmp_path)
     (tmp_path / "model_config.json").write_text(json.dumps({"format": "apr_jax/9"}))
     with pytest.raises(ValueError, match="format is 'apr_jax/9', expected 'apr_jax/1'"):
@@ -138,7 +136,5 @@ def test_presets_are_found_by_name(tmp_path, monkeypatch):
     export_hf(tmp_path / "small", tiny_decoder(), byte_tokenizer())
     assert checkpoint.preset_names() == ["small"]
     assert checkpoint.checkpoint_directory("small") == Path(tmp_path / "small")
-    with pytest.raises(
-        ValueError, match=r"no checkpoint 'large': expected a directory or a preset \(small\)"
-    ):
+    with pytest.raises(ValueError, match=r"no checkpoint 'large': expected a directory or a preset \(small\)"):
         load_checkpoint("large")

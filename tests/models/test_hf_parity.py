@@ -31,9 +31,7 @@ def greedy_tokens(decoder: Decoder, prompt: np.ndarray) -> list[int]:
         def step(i, tokens):
             return tokens.at[i].set(jnp.argmax(causal_logits(decoder, tokens)[i - 1]))
 
-        return jax.lax.fori_loop(
-            len(prompt), length, step, jnp.zeros(length, jnp.int32).at[: len(prompt)].set(prompt)
-        )
+        return jax.lax.fori_loop(len(prompt), length, step, jnp.zeros(length, jnp.int32).at[: len(prompt)].set(prompt))
 
     return decode(jnp.asarray(prompt, jnp.int32))[len(prompt) :].tolist()
 

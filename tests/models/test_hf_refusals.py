@@ -46,29 +46,19 @@ def change_tensors(directory, change):
 
 def test_missing_tensor(directory):
     change_tensors(directory, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
-    with pytest.raises(
-        ValueError, match=r"model.layers.1.mlp.up_proj.weight is missing, expected shape \[48, 32\]$"
-    ):
+    with pytest.raises(ValueError, match=r"model.layers.1.mlp.up_proj.weight is missing, expected shape \[48, 32\]$"):
         load_hf(directory)
 
 
 def test_unexpected_tensors(directory):
-    change_tensors(
-        directory, lambda t: t.update({"model.layers.2.mlp.up_proj.weight": np.ones((3, 4), "f4")})
-    )
-    with pytest.raises(
-        ValueError, match=r"tensor model.layers.2.mlp.up_proj.weight of shape \[3, 4\] is unexpected"
-    ):
+    change_tensors(directory, lambda t: t.update({"model.layers.2.mlp.up_proj.weight": np.ones((3, 4), "f4")}))
+    with pytest.raises(ValueError, match=r"tensor model.layers.2.mlp.up_proj.weight of shape \[3, 4\] is unexpected"):
         load_hf(directory)
 
 
 def test_wrong_shapes(directory):
-    change_tensors(
-        directory, lambda t: t.update({"model.norm.weight": np.ones(31, "f4"), "extra": np.ones(1, "f4")})
-    )
-    with pytest.raises(
-        ValueError, match=r"model.norm.weight has shape \[31\], expected \[32\] \(and 1 more\)"
-    ):
+    change_tensors(directory, lambda t: t.update({"model.norm.weight": np.ones(31, "f4"), "extra": np.ones(1, "f4")}))
+    with pytest.raises(ValueError, match=r"model.norm.weight has shape \[31\], expected \[32\] \(and 1 more\)"):
         load_hf(directory)
 
 
@@ -83,17 +73,13 @@ def test_tolerated_tensors(directory):
 
 def test_tied_head_that_differs(directory):
     change_tensors(directory, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1}))
-    with pytest.raises(
-        ValueError, match=r"lm_head.weight differs from the embedding, expected none: they are tied"
-    ):
+    with pytest.raises(ValueError, match=r"lm_head.weight differs from the embedding, expected none: they are tied"):
         load_hf(directory)
 
 
 def test_tensors_of_another_dtype(directory):
     change_tensors(directory, lambda t: t.update({"model.norm.weight": np.ones(32, "i1")}))
-    with pytest.raises(
-        ValueError, match=r"tensor model.norm.weight is I8, expected one of BF16, F16, F32, F64"
-    ):
+    with pytest.raises(ValueError, match=r"tensor model.norm.weight is I8, expected one of BF16, F16, F32, F64"):
         load_hf(directory)
 
 
@@ -104,9 +90,7 @@ def test_shards_that_are_absent_or_truncated(directory):
     with pytest.raises(ValueError, match=f"{shard.name} is truncated or no safetensors file"):
         load_hf(directory)
     shard.unlink()
-    with pytest.raises(
-        ValueError, match=rf"model.safetensors.index.json names {shard.name}, which is missing"
-    ):
+    with pytest.raises(ValueError, match=rf"model.safetensors.index.json names {shard.name}, which is missing"):
         load_hf(directory)
     (directory / "model.safetensors.index.json").unlink()
     with pytest.raises(ValueError, match=r"holds neither model.safetensors nor model.safetensors.index.json"):
@@ -175,15 +159,11 @@ def test_windows_that_are_not_in_use():
     model_config_from_hf(of("MistralForCausalLM", sliding_window=None))
     model_config_from_hf(of("MistralForCausalLM", sliding_window=128))
     model_config_from_hf(of("Qwen2ForCausalLM", use_sliding_window=False, sliding_window=64))
-    model_config_from_hf(
-        of("Qwen3ForCausalLM", use_sliding_window=True, sliding_window=64, max_window_layers=2)
-    )
+    model_config_from_hf(of("Qwen3ForCausalLM", use_sliding_window=True, sliding_window=64, max_window_layers=2))
 
 
 def test_defaults_of_old_files():
-    config = model_config_from_hf(
-        {key: value for key, value in LLAMA.items() if key != "num_key_value_heads"}
-    )
+    config = model_config_from_hf({key: value for key, value in LLAMA.items() if key != "num_key_value_heads"})
     assert (config.num_kv_heads, config.head_dim, config.rms_eps) == (4, 6, 1e-6)
     assert config.rope == RopeConfig(theta=10_000.0)
     assert model_config_from_hf(of("Qwen3ForCausalLM")).head_dim == 128
@@ -198,9 +178,7 @@ def test_both_forms_of_rope_settings_say_the_same():
         "attention_factor": 1.25,
     }
     old = model_config_from_hf(LLAMA | {"rope_theta": 5e5, "rope_scaling": {"type": "yarn"} | scaling})
-    new = model_config_from_hf(
-        LLAMA | {"rope_parameters": {"rope_type": "yarn", "rope_theta": 5e5} | scaling}
-    )
+    new = model_config_from_hf(LLAMA | {"rope_parameters": {"rope_type": "yarn", "rope_theta": 5e5} | scaling})
     assert old == new
     expected = {
         "kind": "yarn",
@@ -210,9 +188,7 @@ def test_both_forms_of_rope_settings_say_the_same():
         "attention_factor": 1.25,
     }
     assert old.rope == RopeConfig(**expected)
-    implied = model_config_from_hf(
-        LLAMA | {"rope_scaling": {"type": "yarn", "original_max_position_embeddings": 32}}
-    )
+    implied = model_config_from_hf(LLAMA | {"rope_scaling": {"type": "yarn", "original_max_position_embeddings": 32}})
     assert implied.rope.factor == 4.0  # max_position_embeddings / original
 
 

@@ -71,9 +71,7 @@ def test_results_come_as_they_finish():
     engine = scripted_engine(forking_script(tokenizer), tokenizer, steps_per_dispatch=2)
     with Driver(engine) as driver:
         program = engine.make_program("multiverse")
-        requests = [
-            Request(token_ids=[1, 2], sampling=SamplingParams(max_new_tokens=n)) for n in (200, 5, 30)
-        ]
+        requests = [Request(token_ids=[1, 2], sampling=SamplingParams(max_new_tokens=n)) for n in (200, 5, 30)]
         runs = [driver.submit(request, program) for request in requests]
         order = []
         while driver.active:

@@ -63,9 +63,7 @@ def test_babbling_ends_and_leaks_nothing(seed, one_token_tags, num_pages):
         steps_per_dispatch=4,
     )
     sampling = SamplingParams(max_new_tokens=[40, 100, 290][seed % 3])
-    guards = Guards(
-        max_depth=3, max_fan_out=4, max_thread_tokens=[None, 60][seed % 2], max_family_tokens=1500
-    )
+    guards = Guards(max_depth=3, max_fan_out=4, max_thread_tokens=[None, 60][seed % 2], max_family_tokens=1500)
     outs = engine.generate([f"Prompt {i}" for i in range(4)], "multiverse", sampling=sampling, guards=guards)
     assert_all_pages_free(engine)
     for out in outs:

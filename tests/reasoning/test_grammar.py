@@ -55,9 +55,7 @@ def test_a_grammar_without_plan_forks_a_fixed_number():
 
 
 def test_marked_conclusions_are_all_that_the_parent_keeps():
-    grammar = dataclasses.replace(
-        MULTIVERSE, join="conclusion", conclusion_marker="=>", after_marker="[", name="concluding"
-    )
+    grammar = dataclasses.replace(MULTIVERSE, join="conclusion", conclusion_marker="=>", name="concluding")
     tokenizer = byte_tokenizer()
     texts = {"": PLAN + " end</Conclusion>", "0.0": " long search =>7]</Path>", "0.1": " no mark</Path>"}
     contexts = []
@@ -71,10 +69,8 @@ def test_marked_conclusions_are_all_that_the_parent_keeps():
 
     engine.listeners.append(listen)
     out = engine.generate("Q", program=GrammarProgram(grammar, tokenizer), sampling=LONG)
-    assert contexts == [f"Q{PLAN}[7]</Path><Path>2: no mark</Path>"]
-    assert out.text == (
-        f"{PLAN}<Path>1: long search =>[7]</Path><Path>2: no mark</Path><Conclusion> end</Conclusion>"
-    )
+    assert contexts == [f"Q{PLAN}7]</Path><Path>2: no mark</Path>"]
+    assert out.text == (f"{PLAN}<Path>1: long search =>7]</Path><Path>2: no mark</Path><Conclusion> end</Conclusion>")
     assert out.degraded == ["thread 0: child 2 has no conclusion and is joined whole"]
     assert_all_pages_free(engine)
 
@@ -107,7 +103,6 @@ def test_an_own_stop_string_ends_the_root():
     [
         ({"join": "splice"}, "join is 'splice'"),
         ({"closer": ""}, "closer of grammar 'multiverse' is empty"),
-        ({"conclusion_marker": "=>"}, "a conclusion needs a first token"),
         ({"outline": None}, "either outline or num_paths"),
     ],
 )

@@ -140,23 +140,15 @@ def test_repeated_outlines_are_dropped():
 
 
 def test_fork_beyond_the_depth_is_text():
-    out = run(
-        {"": PLAN + AFTER, "0.0": f"{PLAN} alone</Path>", "0.1": "y</Path>"}, guards=Guards(max_depth=1)
-    )
+    out = run({"": PLAN + AFTER, "0.0": f"{PLAN} alone</Path>", "0.1": "y</Path>"}, guards=Guards(max_depth=1))
     assert f"<Path>1:{PLAN} alone</Path><Path>2:y</Path>" in out.text
     assert out.degraded == ["thread 1: fork refused: depth 2 is beyond max_depth = 1"]
 
 
 def test_fan_out_and_rounds_are_bounded():
-    out = run(
-        {"": PLAN + AFTER + PLAN + " end", "0.0": "x</Path>"}, guards=Guards(max_fan_out=1, max_rounds=1)
-    )
+    out = run({"": PLAN + AFTER + PLAN + " end", "0.0": "x</Path>"}, guards=Guards(max_fan_out=1, max_rounds=1))
     assert out.text == f"{PLAN}<Path>1:x</Path><Conclusion>{AFTER}{PLAN} end"
-    assert (
-        len(out.degraded) == 3
-        and "max_fan_out = 1" in out.degraded[0]
-        and "max_rounds is 1" in out.degraded[2]
-    )
+    assert len(out.degraded) == 3 and "max_fan_out = 1" in out.degraded[0] and "max_rounds is 1" in out.degraded[2]
 
 
 def test_fork_without_pages_is_text():

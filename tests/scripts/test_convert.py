@@ -33,9 +33,7 @@ def source(tmp_path):
 
 
 def test_there_and_back(tmp_path, source):
-    code, out, err = run(
-        "convert_hf.py", f"--source={source}", f"--output={tmp_path / 'own'}", "--dtype=bfloat16"
-    )
+    code, out, err = run("convert_hf.py", f"--source={source}", f"--output={tmp_path / 'own'}", "--dtype=bfloat16")
     expected = f"{tmp_path / 'own'}: Qwen3ForCausalLM, 38,880 parameters, bfloat16\n"
     assert (code, out, err) == (0, expected, "")
     config, decoder, tokenizer = load_checkpoint(tmp_path / "own")

@@ -57,9 +57,7 @@ def countdown(tmp_path_factory):
 
 def test_one_object_with_every_key(tmp_path, model):
     path = tmp_path / "out.json"
-    code, out, err = run(
-        f"--checkpoint={model}", "--prompt=Hello", "--max_new_tokens=20", f"--output_json={path}"
-    )
+    code, out, err = run(f"--checkpoint={model}", "--prompt=Hello", "--max_new_tokens=20", f"--output_json={path}")
     assert code == 0, err
     content = json.loads(path.read_text())
     assert list(content) == ["text", "answer", "correct", "program", "threads", "metrics"]

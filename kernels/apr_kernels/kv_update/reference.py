@@ -23,9 +23,7 @@ def kv_update(kv_pages: KVPages, k, v, plan: Plan, tail_len, num_queries) -> KVP
     touched = 1 if num_tokens == 1 else (num_tokens + page_size - 2) // page_size + 1  # J
     start = tail_len.at[plan.row_slot].get(mode="fill", fill_value=0)  # [R]
     page_idx = start[:, None] // page_size + jnp.arange(touched)  # [R, J]
-    token = (
-        page_idx[..., None] * page_size + jnp.arange(page_size) - start[:, None, None]
-    )  # [R, J, P] index in T
+    token = page_idx[..., None] * page_size + jnp.arange(page_size) - start[:, None, None]  # [R, J, P] index in T
     is_new = (token >= 0) & (token < num_queries[:, None, None])
     page_ids = plan.tail_pages.at[plan.row_slot[:, None], page_idx].get(mode="fill", fill_value=NULL_PAGE)
     writes = is_new.any(-1) & (page_ids != NULL_PAGE)

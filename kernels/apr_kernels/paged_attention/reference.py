@@ -88,9 +88,7 @@ def _gather(pages, page_ids, dtype):
     """Reads pages [K, N, P, D] at page_ids [..., c]: [K, ..., c * P, D]. Whole pages gather fastest."""
     num_kv_heads, num_pages, page_size, head_dim = pages.shape
     head = jnp.arange(num_kv_heads).reshape(-1, *[1] * page_ids.ndim)
-    rows = (
-        pages.reshape(-1, page_size * head_dim).at[head * num_pages + page_ids].get(mode="promise_in_bounds")
-    )
+    rows = pages.reshape(-1, page_size * head_dim).at[head * num_pages + page_ids].get(mode="promise_in_bounds")
     return rows.reshape(num_kv_heads, *page_ids.shape[:-1], -1, head_dim).astype(dtype)
 
 
@@ -115,20 +113,14 @@ def _shared_items(state: _State, q, kv_pages: KVPages, plan: Plan) -> _State:
         weights = jnp.exp(scores - _finite(m)[..., None])
         shrink = jnp.exp(state.m - _finite(m))
         out = _dot("knl,kld->knd", weights.reshape(*flat_q.shape[:-1], -1), values)
-        return _State(
-            m, state.l * shrink + weights.sum(-1), state.o * shrink[..., None] + out.reshape(q.shape)
-        )
+        return _State(m, state.l * shrink + weights.sum(-1), state.o * shrink[..., None] + out.reshape(q.shape))
 
     return lax.fori_loop(0, used, item, state)
 
 
 def _cut_private(kv_pages: KVPages, plan: Plan, tail_len, num_queries) -> _Chunks:
     num_rows, page_size, item_pages = plan.num_rows, kv_pages.page_size, plan.item_pages
-    size = max(
-        c
-        for c in range(1, item_pages + 1)
-        if item_pages % c == 0 and (c == 1 or c * page_size <= CHUNK_TOKENS)
-    )
+    size = max(c for c in range(1, item_pages + 1) if item_pages % c == 0 and (c == 1 or c * page_size <= CHUNK_TOKENS))
     rows, pages = plan.rows[plan.num_shared :], plan.pages[plan.num_shared :]
     tail_slot, tail_offset = plan.tail_slot[plan.num_shared :], plan.tail_offset[plan.num_shared :]
     is_tail, reader = tail_slot >= 0, rows[:, 0]
@@ -166,18 +158,14 @@ def _private_chunks(state: _State, q, kv_pages: KVPages, chunks: _Chunks) -> _St
     block = min(2 * num_rows, total)
     num_blocks = (jnp.sum(chunks.reader < num_rows) + block - 1) // block
     chunks = jax.tree.map(lambda a: jnp.pad(a, [(0, -total % block)] + [(0, 0)] * (a.ndim - 1)), chunks)
-    chunks = chunks._replace(
-        reader=jnp.where(jnp.arange(chunks.reader.shape[0]) < total, chunks.reader, num_rows)
-    )
+    chunks = chunks._replace(reader=jnp.where(jnp.arange(chunks.reader.shape[0]) < total, chunks.reader, num_rows))
 
     def step(i, state: _State) -> _State:
         part = jax.tree.map(lambda array: lax.dynamic_slice_in_dim(array, i * block, block), chunks)
         growth = jnp.minimum(jnp.arange(num_tokens), part.growth[:, None])  # [B, T]
         visible = jnp.arange(kv_pages.page_size) < (part.limit[:, None] + growth[:, :, None])[..., None]
         visible = visible.reshape(block, num_tokens, -1)  # [B, T, L]
-        keys, values = (
-            _gather(each, part.pages, q.dtype) for each in (kv_pages.k, kv_pages.v)
-        )  # [K, B, L, D]
+        keys, values = (_gather(each, part.pages, q.dtype) for each in (kv_pages.k, kv_pages.v))  # [K, B, L, D]
         own_q = q.at[:, part.reader].get(mode="clip").reshape(num_kv_heads, block, -1, q.shape[-1])
         scores = _dot("kbnd,kbld->kbnl", own_q, keys).reshape(num_kv_heads, block, *q.shape[2:-1], -1)
         scores = jnp.where(visible[None, :, :, None, :], scores, -jnp.inf)  # [K, B, T, G, L]
