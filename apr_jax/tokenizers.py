@@ -92,9 +92,7 @@ class SentencePieceTokenizer:
             if isinstance(part, int):
                 ids.append(part)
             else:
-                ids.extend(
-                    self._encode_plain(part, self._continuation if continuation or ids else self._start)
-                )
+                ids.extend(self._encode_plain(part, self._continuation if continuation or ids else self._start))
         return ids
 
     def _encode_plain(self, text: str, processor) -> list[int]:
@@ -143,10 +141,14 @@ class HuggingFaceTokenizer:
         self._anchor = next((i for i in map(self._start.token_to_id, "a0.A!") if i is not None), 0)
         self._anchor_text = self._start.decode([self._anchor], skip_special_tokens=False)
 
+    def prefix_id(self) -> int | None:
+        """The token that the post-processor puts before a text, if any."""
+        around = self._start.encode(self._anchor_text, add_special_tokens=True)
+        special = around.special_tokens_mask
+        return around.ids[0] if special and special[0] else None
+
     def encode(self, text: str, *, continuation: bool = False) -> list[int]:
-        encoding = (self._continuation if continuation else self._start).encode(
-            text, add_special_tokens=False
-        )
+        encoding = (self._continuation if continuation else self._start).encode(text, add_special_tokens=False)
         covered = bytearray(len(text))
         for token_id, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True):
             if token_id == self._unk_id and text[start:stop] != self._start.id_to_token(token_id):
@@ -175,9 +177,7 @@ class ByteTokenizer:
     """Ids 0..255 are bytes of UTF-8, 256 begins a text, 257 ends it; then come the special pieces."""
 
     def __init__(self, special_pieces: Sequence[str] = ()):
-        check(
-            len(set(special_pieces)) == len(special_pieces), f"special pieces repeat: {list(special_pieces)}"
-        )
+        check(len(set(special_pieces)) == len(special_pieces), f"special pieces repeat: {list(special_pieces)}")
         self.special_pieces = tuple(special_pieces)
         self.bos_id: int | None = 256
         self.eos_ids: tuple[int, ...] = (257,)
@@ -286,9 +286,7 @@ def _without_prefix(definition: Any) -> Any:
     if kind == "Prepend":
         return {"type": "Sequence", "normalizers": []}
     definition = {
-        key: _without_prefix(part)
-        if key in ("normalizer", "pre_tokenizer", "normalizers", "pretokenizers")
-        else part
+        key: _without_prefix(part) if key in ("normalizer", "pre_tokenizer", "normalizers", "pretokenizers") else part
         for key, part in definition.items()
     }
     if kind == "Metaspace":
@@ -298,28 +296,31 @@ def _without_prefix(definition: Any) -> Any:
     return definition
 
 
-def _begin_and_end(directory: Path, tokenizer: Tokenizer) -> tuple[int | None, tuple[int, ...]]:
-    """Begin and end tokens as tokenizer_config.json names them, else as config.json numbers them."""
+def _begin_and_end(directory: Path, tokenizer: "HuggingFaceTokenizer") -> tuple[int | None, tuple[int, ...]]:
+    """The token put before a text, if these files put one there, and the tokens that end it.
+
+    A text begins as tokenizer.json's post-processor has it, or with tokenizer_config.json's bos_token if that says
+    `add_bos_token`: Qwen2 names a bos in config.json that its texts do not begin with. The end is
+    tokenizer_config.json's eos_token, else config.json's eos_token_id.
+    """
     tokenizer_config = _read_json(directory / "tokenizer_config.json")
-    model_config = _read_json(directory / "config.json")
 
-    def ids(name: str) -> list[int]:
-        token = tokenizer_config.get(f"{name}_token")
-        token_id = tokenizer.token_id(token["content"] if isinstance(token, dict) else token or "")
-        if token_id is not None:
-            return [token_id]
-        found = model_config.get(f"{name}_token_id")
-        return found if isinstance(found, list) else [] if found is None else [found]
+    def named(name: str) -> int | None:
+        token = tokenizer_config.get(name)
+        return tokenizer.token_id(token["content"] if isinstance(token, dict) else token or "")
 
-    return next(iter(ids("bos")), None), tuple(ids("eos"))
+    bos_id = tokenizer.prefix_id()
+    if bos_id is None and tokenizer_config.get("add_bos_token"):
+        bos_id = named("bos_token")
+    eos_id = named("eos_token")
+    found = _read_json(directory / "config.json").get("eos_token_id") if eos_id is None else eos_id
+    return bos_id, tuple(found) if isinstance(found, list) else () if found is None else (found,)
 
 
 def _added_pieces(directory: Path) -> dict[str, int]:
     """Tokens that Hugging Face files put beyond a sentencepiece vocabulary."""
     added = dict(_read_json(directory / "added_tokens.json"))
-    for token_id, token in (
-        _read_json(directory / "tokenizer_config.json").get("added_tokens_decoder", {}).items()
-    ):
+    for token_id, token in _read_json(directory / "tokenizer_config.json").get("added_tokens_decoder", {}).items():
         added.setdefault(token["content"], int(token_id))
     path = directory / "tokenizer.model"
     num_pieces = _sentencepiece(path.read_bytes(), path).get_piece_size()

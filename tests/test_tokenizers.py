@@ -6,7 +6,7 @@ import random
 import pytest
 import sentencepiece
 import tokenizers
-from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from apr_jax.testing import byte_tokenizer
 from apr_jax.tokenizers import ByteTokenizer, HuggingFaceTokenizer, SentencePieceTokenizer, load_tokenizer
@@ -153,12 +153,19 @@ def test_huggingface_does_not_drop_characters(tmp_path):
 
 
 def test_huggingface_begin_and_end(tmp_path):
+    """The begin token is the one that the files put before a text, not any that they name."""
     huggingface_file(tmp_path, "byte_level")
     (tmp_path / "config.json").write_text(json.dumps({"bos_token_id": 0, "eos_token_id": [1, 3]}))
-    assert (load_tokenizer(tmp_path).bos_id, load_tokenizer(tmp_path).eos_ids) == (0, (1, 3))
-    names = {"bos_token": None, "eos_token": {"content": "<|end|>"}}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(names))
-    assert (load_tokenizer(tmp_path).bos_id, load_tokenizer(tmp_path).eos_ids) == (0, (1,))
+    assert (load_tokenizer(tmp_path).bos_id, load_tokenizer(tmp_path).eos_ids) == (None, (1, 3))
+    own = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    first, end = own.id_to_token(0), {"content": "<|end|>"}
+    for says_so, bos_id in ((True, 0), (False, None)):
+        names = {"bos_token": first, "add_bos_token": says_so, "eos_token": end}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(names))
+        assert (load_tokenizer(tmp_path).bos_id, load_tokenizer(tmp_path).eos_ids) == (bos_id, (1,))
+    own.post_processor = processors.TemplateProcessing(single=f"{first} $A", special_tokens=[(first, 0)])
+    own.save(str(tmp_path / "tokenizer.json"))
+    assert load_tokenizer(tmp_path).bos_id == 0
 
 
 def test_bytes_round_trip(tmp_path):

@@ -133,6 +133,7 @@ def write_tensors(params: dict[str, jax.Array], directory: Path, max_shard_bytes
         tensors = {hf_name(name): _to_hf(name, params[name]) for name in names}
         weight_map |= dict.fromkeys(tensors, file_name)
         safetensors.numpy.save_file(tensors, directory / file_name, metadata={"format": "pt"})
+        (directory / file_name).chmod(0o644)  # the library leaves it to its owner alone
     if len(shards) > 1:
         total = {"total_size": sum(array.nbytes for array in params.values())}
         index = {"metadata": total, "weight_map": dict(sorted(weight_map.items()))}
