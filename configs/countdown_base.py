@@ -7,8 +7,10 @@ def get_config() -> config_dict.ConfigDict:
     config = config_dict.ConfigDict()
     config.seed = 0
     config.wave_embeddings = True  # start number embeddings from waves, see tasks/countdown_features.py
+    config.matching_heads = True  # start some heads as matchers, see train/initialization.py
+    config.match_weight = 6.0  # of the token that says "a match" in the loss: one in about sixty chances is one
     config.model = config_dict.create(
-        d_model=128, num_layers=4, num_heads=2, num_kv_heads=1, head_dim=64, d_ff=384, max_position=2048
+        d_model=128, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=32, d_ff=384, max_position=2048
     )
     config.samples = config_dict.create(
         seed=0,
@@ -19,16 +21,17 @@ def get_config() -> config_dict.ConfigDict:
         parallel_share=0.5,
         conclusion_share=0.25,
         drill_share=0.4,
+        num_drilled=20_000,
     )
     # row length -> rows a step: about 3,200 tokens, filled to 85%
     config.data = config_dict.create(chunk_size=1000, short_len=512, short_rows=3, long_len=1152, long_rows=2)
     config.optimizer = config_dict.create(
-        name="adamw",
+        name="muon",
         learning_rate=3e-3,
         muon_learning_rate=0.02,
         final_share=0.01,
         warmup_steps=100,
-        num_steps=5000,
+        num_steps=4200,
         beta2=0.98,
         weight_decay=0.01,
         clip_norm=1.0,
@@ -36,5 +39,6 @@ def get_config() -> config_dict.ConfigDict:
     config.loop = config_dict.create(
         log_every=20, eval_every=400, checkpoint_every=150, keep_checkpoints=3, num_workers=1
     )
-    config.num_eval_problems = 100
+    config.num_eval_problems = 100  # teacher-forced
+    config.num_decoded_problems = 50  # of those, decoded by the engine under every program
     return config

@@ -21,11 +21,15 @@ from flax import nnx
 from ml_collections import config_flags
 
 from apr_jax.config import ModelConfig
+from apr_jax.models.checkpoint import checkpoint_directory
 from apr_jax.models.decoder import Decoder
 from apr_jax.tasks.countdown_features import initial_embedding
-from apr_jax.tasks.countdown_format import BOS, EOS, vocabulary
+from apr_jax.tasks.countdown_format import BOS, EOS, MATCH, vocabulary
+from apr_jax.tasks.countdown_task import TASKS
+from apr_jax.tokenizers import load_tokenizer
 from apr_jax.train.countdown_data import PAD_ID, PIECE_IDS, CountdownSamples
 from apr_jax.train.data import ChunkStore
+from apr_jax.train.decoded import decoded
 from apr_jax.train.export import export_countdown
 from apr_jax.train.held_out import teacher_forced
 from apr_jax.train.initialization import tie_matching_heads
@@ -34,8 +38,6 @@ from apr_jax.train.state import Checkpoints, TrainState
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run's settings, one of configs/*.py.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; an existing run is resumed.")
-
-
 _EXPORT = flags.DEFINE_string("export", None, "Only export the newest checkpoint into this directory.")
 
 
@@ -109,6 +111,10 @@ def main() -> None:
     samples = CountdownSamples(**config.samples)
     optimizer = OptimizerConfig(**config.optimizer)
     held_out = samples.held_out()[: config.num_eval_problems]
+    teacher = teacher_forced(held_out)
+    decode = decoded(
+        TASKS["countdown"], held_out[: config.num_decoded_problems], load_tokenizer(checkpoint_directory("countdown"))
+    )
     with cli.profile(), progress(optimizer.num_steps) as (on_step, on_record):
         decoder = train(
             build_decoder(config),
@@ -116,9 +122,10 @@ def main() -> None:
             workdir,
             optimizer,
             LoopConfig(**config.loop),
-            evaluate=teacher_forced(held_out),
+            evaluate=lambda decoder: teacher(decoder) | decode(decoder),
             on_record=on_record,
             on_step=on_step,
+            token_weights=jnp.ones(len(vocabulary())).at[PIECE_IDS[MATCH]].set(config.match_weight),
         )
     export_countdown(workdir / "model", decoder)
     print(f"trained {decoder.num_params:,} parameters for {optimizer.num_steps:,} steps")

@@ -153,9 +153,7 @@ def parse_equations(text: str) -> list[Equation] | None:
     return equations
 
 
-def draw_problem(
-    seed: int, index: int, config: ProblemConfig = APR, exclude: Collection[Problem] = ()
-) -> Problem:
+def draw_problem(seed: int, index: int, config: ProblemConfig = APR, exclude: Collection[Problem] = ()) -> Problem:
     """Problem number `index` of the stream `seed`; depends on nothing else, so that any worker may draw it.
 
     Args:

@@ -37,6 +37,7 @@ SIGNS = (" :", " =", " |", " ,", " ;", " !", " =>", " ->", " .", " -", " +", " *
 NUMBERS = tuple(f" {n}" for n in range(MAX_VALUE + 1))
 RESERVED = ("<reserved_0>", "<reserved_1>")  # makes 256
 CONCLUSION_MARKER = " =>"
+MATCH = " !"
 
 
 def vocabulary() -> tuple[str, ...]:

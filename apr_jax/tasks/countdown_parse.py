@@ -22,9 +22,7 @@ _NONE, _ANSWER = " => none", rf" =>{_EQUATIONS}"
 _TARGETS = rf" ;(?:{_QUAD} ,){{3}}{_QUAD} ;"
 _PATH = rf"<Path>\d+:(?:{_FAILED}{_NONE}|{_SOLVED} =>\d+:{_EQUATIONS})</Path>"
 _OUTLINE = rf"<Outline>\d+:{_HEADING}</Outline>"
-_BLOCK = (
-    rf"<Parallel><Goal>(?:{_OUTLINE})+</Goal>(?:{_PATH})+<Conclusion>(?:\d+:| none)</Conclusion></Parallel>"
-)
+_BLOCK = rf"<Parallel><Goal>(?:{_OUTLINE})+</Goal>(?:{_PATH})+<Conclusion>(?:\d+:| none)</Conclusion></Parallel>"
 _PROMPT = re.compile(rf"(?:{'|'.join(MODES.values())})(?:{_N}){{4}} ->{_N}")
 _WHOLE = {
     "opening": re.compile(_OPENING_SOLVED + _ANSWER),

@@ -108,7 +108,7 @@ def split_line(first: Pair, second: Pair, target: int) -> Line:
     return Line(first, None, second, rounds, solution)
 
 
-def lemma_line(number: int, slot: int, rest: tuple[int, int, int], target: int) -> Line:
+def lemma_line(number: int, slot: int, rest: tuple[int, ...], target: int) -> Line:
     last = needing(target, number, slot)
     goal = quad(target, number)[slot]
     assert goal is not None

@@ -10,7 +10,7 @@ def build_sentencepiece_model() -> bytes:
 
     No piece is a sequence of others: a text in the format has one segmentation.
     """
-    model = sentencepiece_model_pb2.ModelProto()
+    model = sentencepiece_model_pb2.ModelProto()  # pyright: ignore[reportAttributeAccessIssue]  (made at import)
     kinds = model.SentencePiece
     special = {UNK: kinds.UNKNOWN, BOS: kinds.CONTROL, EOS: kinds.CONTROL, PAD: kinds.CONTROL}
     special |= dict.fromkeys((*MODES.values(), *TAGS, *RESERVED), kinds.USER_DEFINED)

@@ -25,7 +25,7 @@ class CountdownSamples:
       max_len: longer traces are left out.
       keep_easy: share kept of the problems that the opening solves (about half of all, and short).
       parallel_share: traces written as Multiverse blocks; the others are sequential.
-      drill_share: samples that are drills instead (see `countdown_drills`).
+      drill_share: of the first `num_drilled` samples, those that are drills instead (see `countdown_drills`).
       conclusion_share: of the parallel ones, those joined by conclusion.
     """
 
@@ -37,6 +37,7 @@ class CountdownSamples:
     parallel_share: float = 0.5
     conclusion_share: float = 0.25
     drill_share: float = 0.0
+    num_drilled: int = 0
 
     def held_out(self) -> list[Problem]:
         """The held-out problems."""
@@ -45,7 +46,7 @@ class CountdownSamples:
     def __call__(self, index: int) -> Row | None:
         """Sample number `index`; None if it is left out."""
         rng = np.random.default_rng((self.seed, index, 1))
-        if rng.random() < self.drill_share:
+        if index < self.num_drilled and rng.random() < self.drill_share:
             return flatten(draw_drill(rng), PIECE_IDS.__getitem__)
         tree = search(draw_problem(self.seed, index, exclude=_held_out(self)))
         keep, parallel, conclusion = rng.random(3)

@@ -1,7 +1,7 @@
 """Drills: rounds of the Countdown format with many matches, to teach that a value is among four others.
 
-In whole traces one value in about sixty matches, and a small model learns all arithmetic long before it notices
-a match. A drill is a row of unrelated rounds, half of them with a match; operands are given, slots and marks
+In whole traces one value in about sixty matches, and a small model learns all arithmetic long before it sees a
+match. A drill is a row of unrelated rounds, half of them with a match; operands are given, slots and marks
 are learned.
 """
 

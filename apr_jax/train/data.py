@@ -66,7 +66,7 @@ class ChunkStore:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".{os.getpid()}.partial")
         with open(partial, "wb") as file:
-            np.savez_compressed(file, **arrays)
+            np.savez_compressed(file, allow_pickle=False, **arrays)
         os.replace(partial, path)
 
     def load(self, chunk: int) -> list[Step]:

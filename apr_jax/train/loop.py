@@ -108,6 +108,7 @@ def train(
     on_record: Callable[[Mapping[str, Any]], None] = lambda record: None,
     on_step: Callable[[int], None] = lambda step: None,
     stop_at: int | None = None,
+    token_weights: jax.Array | None = None,
 ) -> Decoder:
     """Trains until `optimizer_config.num_steps`, going on from the newest checkpoint in `workdir`.
 
@@ -115,6 +116,7 @@ def train(
       decoder: initial weights; used up.
       evaluate: held-out metrics of a decoder, called every `eval_every` steps and at the end.
       on_record: gets every log record (also written to `workdir/log.jsonl`); on_step: every step's number.
+      token_weights: [V] how much each target token counts in the loss; None: all the same.
       stop_at: end early after this step, with a checkpoint, as if interrupted there.
 
     Returns: the trained decoder.
@@ -127,7 +129,7 @@ def train(
     if checkpoints.latest_step() is not None:
         state = checkpoints.restore(graphdef, state)
     log = TrainLog(workdir / "log.jsonl", state.step)
-    update = make_train_step(graphdef, optimizer)
+    update = make_train_step(graphdef, optimizer, token_weights)
     last_step = min(optimizer_config.num_steps, stop_at or optimizer_config.num_steps)
     num_tokens, since = 0.0, time.monotonic()
 

@@ -96,7 +96,10 @@ def flatten(trace: Trace, piece_id: Callable[[str], int], join: str = "stitch") 
     loss = np.zeros(len(tokens), np.float32)
     loss[:-1] = sampled[1:]
     end = [len(tokens)] * len(tokens)
-    return Row(*(np.asarray(a, np.int32) for a in (tokens, positions, end, hide_from, hide_to)), loss)
+    ids, places, ends, hidden_from, hidden_to = (
+        np.asarray(a, np.int32) for a in (tokens, positions, end, hide_from, hide_to)
+    )
+    return Row(ids, places, ends, hidden_from, hidden_to, loss)
 
 
 def pack(rows: Iterable[Row], lengths: Sequence[int], pad_id: int) -> dict[int, list[Row]]:
@@ -126,10 +129,7 @@ def pack(rows: Iterable[Row], lengths: Sequence[int], pad_id: int) -> dict[int, 
         _first_fit(row, [home], bins)
     for row in fillers:
         _first_fit(row, [*reversed(lengths)], bins)
-    return {
-        length: [_concatenate(parts, length, pad_id) for parts, _ in packed]
-        for length, packed in bins.items()
-    }
+    return {length: [_concatenate(parts, length, pad_id) for parts, _ in packed] for length, packed in bins.items()}
 
 
 def _first_fit(row: Row, homes: Sequence[int], bins: dict[int, list[tuple[list[Row], int]]]) -> None:

@@ -36,23 +36,33 @@ def token_losses(decoder: Decoder, batch: dict[str, jax.Array]) -> tuple[jax.Arr
     return losses * batch["loss"], logits.argmax(axis=-1) == targets
 
 
-def mean_loss(decoder: Decoder, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Mean loss over the sampled tokens of a step, and metrics: loss, accuracy, num_tokens."""
-    loss = hits = num_tokens = jnp.zeros(())
+def mean_loss(
+    decoder: Decoder, batch: Batch, token_weights: jax.Array | None = None
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Mean loss over the sampled tokens of a step, and metrics: loss (unweighted), accuracy, num_tokens.
+
+    Args:
+      token_weights: [V] how much each target token counts; None: all the same. A rare token that much hangs on
+        is learned sooner with a larger weight.
+    """
+    weighted = loss = hits = num_tokens = jnp.zeros(())
     for rows in batch.values():
         losses, correct = token_losses(decoder, rows)
         loss, hits = loss + losses.sum(), hits + (correct * rows["loss"]).sum()
         num_tokens = num_tokens + rows["loss"].sum()
+        if token_weights is not None:
+            losses = losses * token_weights[jnp.roll(rows["tokens"], -1, axis=1)]
+        weighted = weighted + losses.sum()
     scale = 1.0 / jnp.maximum(num_tokens, 1.0)
-    return loss * scale, {"loss": loss * scale, "accuracy": hits * scale, "num_tokens": num_tokens}
+    return weighted * scale, {"loss": loss * scale, "accuracy": hits * scale, "num_tokens": num_tokens}
 
 
-def make_train_step(graphdef: Any, optimizer: optax.GradientTransformation):
+def make_train_step(graphdef: Any, optimizer: optax.GradientTransformation, token_weights: jax.Array | None = None):
     """The jitted (params, opt_state, batch) -> (params, opt_state, metrics). Donates params and opt_state."""
 
     def step(params, opt_state, batch):
         def loss_of(params):
-            return mean_loss(nnx.merge(graphdef, params), batch)
+            return mean_loss(nnx.merge(graphdef, params), batch, token_weights)
 
         with jax.named_scope("gradients"):
             gradients, metrics = jax.grad(loss_of, has_aux=True)(params)

@@ -124,9 +124,7 @@ def test_a_text_cut_short_is_not_well_formed():
 
 
 def test_paths_are_put_back_between_goal_and_conclusion():
-    blocks = [
-        [trace_text(b) for b in part.branches] for part in parse_trace(SOLVED) if isinstance(part, Block)
-    ]
+    blocks = [[trace_text(b) for b in part.branches] for part in parse_trace(SOLVED) if isinstance(part, Block)]
     root = "".join("".join(part.pieces) for part in parse_trace(SOLVED) if isinstance(part, Span))
     assert not well_formed(root)
     assert insert_paths(root, blocks) == SOLVED

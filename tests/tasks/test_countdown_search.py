@@ -69,11 +69,7 @@ def test_made_and_needed_equations_hold():
                     continue
                 made, needed = making(x, y, slot), needing(x, y, slot)
                 assert made.holds and made.value == value and {made.left, made.right} == {x, y}
-                assert (
-                    needed.holds
-                    and needed.value == x
-                    and sorted((needed.left, needed.right)) == sorted((value, y))
-                )
+                assert needed.holds and needed.value == x and sorted((needed.left, needed.right)) == sorted((value, y))
 
 
 @pytest.mark.parametrize(

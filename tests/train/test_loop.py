@@ -148,9 +148,7 @@ def test_script_survives_a_real_kill(tmp_path):
     command = [sys.executable, "scripts/train_sft.py", "--config=configs/countdown_tiny.py"]
 
     def start(workdir):
-        return subprocess.Popen(
-            [*command, f"--workdir={workdir}"], cwd=ROOT, stdout=subprocess.PIPE, text=True
-        )
+        return subprocess.Popen([*command, f"--workdir={workdir}"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
 
     killed = start(tmp_path / "killed")
     log = tmp_path / "killed" / "log.jsonl"
@@ -163,7 +161,5 @@ def test_script_survives_a_real_kill(tmp_path):
         process = start(tmp_path / workdir)
         output, _ = process.communicate(timeout=240)
         assert process.returncode == 0 and "for 20 steps" in output
-    whole, resumed = (
-        (tmp_path / w / "model" / "model.safetensors").read_bytes() for w in ("whole", "killed")
-    )
+    whole, resumed = ((tmp_path / w / "model" / "model.safetensors").read_bytes() for w in ("whole", "killed"))
     assert whole == resumed

@@ -1,0 +1,111 @@
+"""What the recipe adds to plain traces: drills, matching heads, a heavier loss on rare tokens, decoding."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from apr_jax.config import ModelConfig
+from apr_jax.models.checkpoint import checkpoint_directory
+from apr_jax.models.decoder import Decoder
+from apr_jax.tasks.countdown_format import MATCH, number_piece
+from apr_jax.tasks.countdown_search import quad
+from apr_jax.tasks.countdown_task import HELD_OUT_SEED, TASKS
+from apr_jax.tasks.trace import Span
+from apr_jax.tokenizers import load_tokenizer
+from apr_jax.train.countdown_data import PAD_ID, PIECE_IDS, CountdownSamples
+from apr_jax.train.countdown_drills import NUM_ROUNDS, draw_drill
+from apr_jax.train.decoded import decoded
+from apr_jax.train.initialization import tie_matching_heads
+from apr_jax.train.packing import flatten, pack, stack
+from apr_jax.train.supervised import mean_loss
+
+CONFIG = ModelConfig(
+    vocab_size=256, d_model=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, d_ff=48,
+    max_position=2048, tie_embeddings=True, bos_id=1, eos_ids=(2,),
+)  # fmt: skip
+
+
+def test_drills_hold_right_quads_and_marks():
+    matches, rounds = 0, 0
+    for seed in range(30):
+        pieces = [p for span in draw_drill(np.random.default_rng(seed)) if isinstance(span, Span) for p in span.pieces]
+        body = "".join(pieces[3:])
+        for text in body.removesuffix(" ,").split(" ,"):
+            made, needed = text.split(" |")
+            x, y, *made_slots = made.replace(" =", "").split()
+            target, number, *needed_slots = needed.replace(" =", "").replace(" !", "").split()
+            expected_made, expected = quad(int(x), int(y)), quad(int(target), int(number))
+            assert [f" {slot}" for slot in made_slots] == [number_piece(v) for v in expected_made]
+            hit = next((i for i, v in enumerate(expected) if v is not None and v in expected_made), None)
+            stop = 4 if hit is None else hit + 1
+            assert [f" {slot}" for slot in needed_slots] == [number_piece(v) for v in expected[:stop]]
+            assert text.endswith(MATCH) == (hit is not None)
+            matches, rounds = matches + (hit is not None), rounds + 1
+    assert rounds == 30 * NUM_ROUNDS and 0.4 < matches / rounds < 0.65
+
+
+def test_drills_give_operands_and_teach_the_rest():
+    row = flatten(draw_drill(np.random.default_rng(0)), PIECE_IDS.__getitem__)
+    learned = row.tokens[1:][row.loss[:-1] > 0]
+    assert PIECE_IDS[MATCH] in learned and PIECE_IDS[" ="] not in learned
+    assert PIECE_IDS[" |"] in learned
+    assert 0.4 < row.loss.mean() < 0.8
+
+
+def test_drills_come_first_and_then_no_more():
+    samples = CountdownSamples(num_held_out=5, drill_share=1.0, num_drilled=3)
+    drills = [samples(i) for i in range(3)]
+    assert all(row is not None and row.tokens[2] == PIECE_IDS[" ,"] for row in drills)
+    later = [row for i in range(3, 12) if (row := samples(i)) is not None]
+    assert later and all(row.tokens[2] != PIECE_IDS[" ,"] for row in later)
+
+
+def test_matching_heads_start_from_their_keys():
+    decoder, plain = Decoder(CONFIG, rngs=nnx.Rngs(0)), Decoder(CONFIG, rngs=nnx.Rngs(0))
+    tie_matching_heads(decoder)
+    for layer, before in zip(decoder.layers, plain.layers, strict=True):
+        q, k, old = (x[...] for x in (layer.attention.q.kernel, layer.attention.k.kernel, before.attention.q.kernel))
+        np.testing.assert_array_equal(q[:, 0:8], k[:, 0:8])
+        np.testing.assert_array_equal(q[:, 16:24], k[:, 8:16])
+        np.testing.assert_array_equal(q[:, 8:16], old[:, 8:16])
+        np.testing.assert_array_equal(q[:, 24:32], old[:, 24:32])
+        assert not np.array_equal(q[:, 0:8], old[:, 0:8])
+
+
+def test_weights_change_the_gradient_and_not_the_reported_loss():
+    graphdef, params = nnx.split(Decoder(CONFIG, rngs=nnx.Rngs(0)))
+    row = flatten(draw_drill(np.random.default_rng(1)), PIECE_IDS.__getitem__)
+    batch = {256: stack(pack([row], [256], PAD_ID)[256])}
+
+    def gradient(weights):
+        def objective(params):
+            return mean_loss(nnx.merge(graphdef, params), batch, weights)
+
+        gradients, metrics = jax.grad(objective, has_aux=True)(params)
+        return gradients, float(metrics["loss"])
+
+    none, loss = gradient(None)
+    ones, same_loss = gradient(jnp.ones(256))
+    only_matches, masked_loss = gradient(jnp.zeros(256).at[PIECE_IDS[MATCH]].set(1.0))
+    others, _ = gradient(jnp.ones(256).at[PIECE_IDS[MATCH]].set(0.0))
+    assert loss == same_loss == masked_loss
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), none, ones)
+    assert max(float(jnp.abs(x).max()) for x in jax.tree.leaves(only_matches)) > 1e-4
+    jax.tree.map(lambda a, b, c: np.testing.assert_allclose(a, b + c, atol=1e-6), none, only_matches, others)
+
+
+def test_decoding_evaluates_new_weights_in_one_engine():
+    task = TASKS["countdown"]
+    tokenizer = load_tokenizer(checkpoint_directory("countdown"))
+    evaluate = decoded(task, task.problems(2, HELD_OUT_SEED), tokenizer, max_new_tokens=12)
+    first = evaluate(Decoder(CONFIG, rngs=nnx.Rngs(0)))
+    assert first["decoded/sequential/accuracy"] == first["decoded/multiverse/well_formed"] == 0
+    assert first["decoded/sequential/total_tokens"] == 12
+    ends_at_once = Decoder(CONFIG, rngs=nnx.Rngs(0))
+    for layer in ends_at_once.layers:
+        for kernel in (layer.attention.o.kernel, layer.mlp.down.kernel):
+            kernel[...] = jnp.zeros_like(kernel[...])
+    (eos,) = CONFIG.eos_ids
+    ends_at_once.embedding[...] = jnp.ones_like(ends_at_once.embedding[...]).at[eos].mul(2.0)
+    assert evaluate(ends_at_once)["decoded/sequential/total_tokens"] == 1
