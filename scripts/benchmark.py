@@ -92,7 +92,7 @@ class _Transformers:
         self._torch = torch
         self.versions = {"torch": torch.__version__, "transformers": transformers.__version__}
         transformers.logging.set_verbosity_error()
-        model = transformers.AutoModelForCausalLM.from_pretrained(
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
             directory, dtype=torch.float32, attn_implementation="sdpa"
         )
         self._model = model.eval()

@@ -277,6 +277,7 @@ class Loop:
         self.runner.prefill(prefill_batch(by_slot, counts, plan, self.config.max_threads, chunk))
         self.stats.num_prefill_dispatches += 1
         for thread in threads:
+            assert thread.context is not None
             n = counts[thread.id]
             self._advance(thread, thread.pending[:n])
             del thread.pending[:n]
@@ -317,6 +318,7 @@ class Loop:
         self.stats.num_decode_dispatches += 1
         self.stats.num_round_trips += 1
         for row, thread in enumerate(batch.threads):
+            assert thread.context is not None
             taken = result.tokens[row] != PADDING_ID
             sampled = [int(token) for token in result.tokens[row][taken]]
             num_fed = int(result.num_fed[row])
@@ -374,6 +376,7 @@ class Loop:
         if count == 0:
             return
         with_keys = count - len(thread.pending)
+        assert thread.context is not None
         assert with_keys >= 0, "a sampled token has keys unless it is the last"
         self.cache.rollback(thread.context, with_keys)
         thread.pending = []
