@@ -75,7 +75,7 @@ def test_rows_follow_the_definition(join):
 def test_small_example_by_hand():
     row = flatten(SMALL, IDS.__getitem__)
     first = [0, 1, 2, 3, 4, 5, 6, 7, 8, 4, 5, 6, 9, 10, 11]
-    assert row.positions.tolist() == [*first, 12, 13, 14, 12, 13, 14, 15, 16, 17, 18]
+    assert row.positions.tolist() == [*first, 12, 13, 14, 12, 13, 14, 15, 16, 17, 18, 19]
     assert row.loss.tolist() == [0, 1, 1, 0, 0, 1, 1, 1, 0, 0, 1, 0, 1, 1, 0, 0, 1, 0, 0, 1, 1, 1, 1, 0, 1, 0]
     last = np.asarray(visible(row.end, row.hide_from, row.hide_to))[-1]
     assert last.all()
