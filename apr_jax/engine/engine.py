@@ -225,7 +225,9 @@ class EngineCore(Loop):
             contexts.append(child.context)
         parts = [own_segments(context) for context in contexts]
         # Each child begins with the tokens that the fork carried; the first child's are enough.
-        firsts = [_split_at(part, len(thread.carried)) for part in parts]
+        # A child that never ran may hand them on unfed.
+        num_fed = [max(0, len(thread.carried) - child.num_carried) for child in children[: len(parts)]]
+        firsts = [_split_at(part, n) for part, n in zip(parts, num_fed, strict=True)]
         if mode == "conclusion":
             ends = [marked_segments(context) for context in contexts]
             firsts = [(f, [s for s in rest if s in end]) for (f, rest), end in zip(firsts, ends, strict=True)]
@@ -313,12 +315,14 @@ class EngineCore(Loop):
     def _flush(self, threads: Sequence[Thread]) -> None:
         """Feeds what is pending of stopped threads, without sampling, so that their segments can be sealed."""
         while waiting := [thread for thread in threads if thread.pending]:
-            group = waiting[: self.config.prefill_rows]
+            group = waiting[: min(self.config.prefill_rows, self.config.max_threads)]
             counts = []
             for thread in group:
                 assert thread.context is not None
                 room = self.cache.tail_room(thread.context)
-                counts.append(min(len(thread.pending), self.config.prefill_chunk, room))
+                # What a fork carried ends with a segment.
+                wanted = thread.num_carried or len(thread.pending)
+                counts.append(min(wanted, self.config.prefill_chunk, room))
             self.scheduler.claim(group, counts)
             by_id = {thread.id: count for thread, count in zip(group, counts, strict=True)}
             self._feed(group, by_id, {thread.id: slot for slot, thread in enumerate(group)})

@@ -1,0 +1,82 @@
+"""Edges of the primitives and the scheduler, with threads that say what a script says."""
+
+import pytest
+
+from apr_jax.config import CacheConfig, EngineConfig
+from apr_jax.engine import events
+from apr_jax.engine.engine import EngineCore
+from apr_jax.engine.thread import Status, Thread
+from apr_jax.testing import byte_tokenizer, tiny_config
+from apr_jax.testing.scripted import ScriptedRunner
+from apr_jax.types import OutOfPages, SamplingParams
+
+
+def make_engine(*, max_position: int = 1024, page_size: int = 4, num_pages: int = 200, **fields) -> EngineCore:
+    config = EngineConfig(**fields)
+    return EngineCore(
+        tiny_config(max_position=max_position),
+        None,
+        byte_tokenizer(),
+        cache_config=CacheConfig(page_size=page_size, num_pages=num_pages),
+        engine_config=config,
+        runner=ScriptedRunner(lambda thread, ids: 97 + len(ids) % 20, config.steps_per_dispatch),
+    )
+
+
+def up_to(count: int) -> SamplingParams:
+    return SamplingParams(max_new_tokens=count, ignore_eos=True)
+
+
+def stopped_root(engine: EngineCore, prompt=(1, 2, 3), count: int = 4) -> Thread:
+    root = engine.submit(prompt, sampling=up_to(count))
+    engine.run()
+    return root
+
+
+def held(thread: Thread) -> list[int]:
+    return [token for segment in thread.context.segments for token in segment.token_ids] + thread.pending
+
+
+def assert_clean(engine: EngineCore) -> None:
+    for family in list(engine.scheduler.families.values()):
+        engine.cancel(family.root)
+    engine.cache.flush_prefix_cache()
+    engine.cache.check()
+    assert engine.cache.pool.num_free == engine.cache.pool.total
+
+
+def test_select_hands_on_what_a_child_never_fed():
+    engine = make_engine()
+    root = stopped_root(engine)
+    said = held(root)
+    children = engine.fork(root, [[], []], sampling=up_to(0))
+    engine.run()
+    engine.join(root, children[:1], mode="select", sampling=up_to(2))
+    engine.run()
+    assert held(root)[: len(said)] == said and len(held(root)) == len(said) + 2
+    assert_clean(engine)
+
+
+def test_children_stopped_by_the_window_before_they_ran_are_joined():
+    engine = make_engine(max_position=16)
+    root = stopped_root(engine, [1] * 10, 40)
+    assert root.stop.reason == "context"
+    said = held(root)
+    children = engine.fork(root, [[], [5, 6]], sampling=up_to(3))
+    engine.run()
+    assert [child.stop.reason for child in children] == ["context", "context"]
+    engine.join(root, children, tokens=[9], sampling=up_to(3))
+    engine.run()
+    assert held(root) == [*said, 5, 6, 9], "the carried token once, then what the second child was given"
+    assert_clean(engine)
+
+
+def test_more_children_are_joined_than_there_are_slots():
+    engine = make_engine(max_threads=2, prefill_rows=4)
+    root = stopped_root(engine)
+    children = engine.fork(root, [[5], [6], [7]], sampling=up_to(2))
+    engine.run()
+    engine.join(root, children, tokens=[9], sampling=up_to(1))
+    engine.run()
+    assert root.stop.reason == "length"
+    assert_clean(engine)
