@@ -186,7 +186,8 @@ class EngineCore(Loop):
         self.cache.join(thread.context, parts, position)
         seconds = time.perf_counter() - started
         # Tokens that the fork carried come with a child's segments, if one is joined.
-        thread.pending = (handed if handed or any(parts) else thread.carried) + again
+        # Behind a spawn, the thread's own last token may still be pending.
+        thread.pending += (handed if handed or any(parts) else thread.carried) + again
         thread.carried = []
         record = JoinRecord(len(thread.token_ids), tuple(children), mode)
         thread.joins.append(record)

@@ -80,3 +80,15 @@ def test_more_children_are_joined_than_there_are_slots():
     engine.run()
     assert root.stop.reason == "length"
     assert_clean(engine)
+
+
+def test_a_spawn_keeps_the_threads_last_token():
+    engine = make_engine()
+    root = stopped_root(engine)
+    said = held(root)
+    children = engine.spawn(root, [[7, 8]], sampling=up_to(2))
+    engine.run()
+    engine.join(root, children, mode="splice", tokens=[9], sampling=up_to(0))
+    engine.run()
+    assert held(root) == [*said, 9]
+    assert_clean(engine)
