@@ -143,9 +143,8 @@ class Scheduler:
         assert thread.context is not None
         size = self.cache.page_size
         needed = -(-len(thread.pending) // size) + 1
-        return needed <= self.cache.num_available or not any(
-            f is not thread.family and f.live for f in self.families.values()
-        )
+        others_run = any(t.family is not thread.family for t in self.threads(Status.RUNNING))
+        return needed <= self.cache.num_available or not (others_run or self._older_wants_to_run(thread))
 
     def _pick(self, work: Work, thread: Thread) -> None:
         """Reserves pages for the thread's part of this step and adds it to the work."""

@@ -92,3 +92,18 @@ def test_a_spawn_keeps_the_threads_last_token():
     engine.run()
     assert held(root) == [*said, 9]
     assert_clean(engine)
+
+
+@pytest.mark.parametrize("kept_first", [True, False])
+def test_a_newcomer_takes_the_pages_of_families_that_rest(kept_first):
+    engine = make_engine(num_pages=101)
+    if not kept_first:
+        engine.submit([3], sampling=up_to(0))
+    kept = stopped_root(engine, [1] * 240, 0)
+    newcomer = engine.submit([2] * 200, sampling=up_to(3))
+    engine.run()
+    assert newcomer.stop.reason == "length"
+    engine.append(kept, [4], sampling=up_to(3))
+    engine.run()
+    assert kept.stop.reason == "length"
+    assert_clean(engine)
