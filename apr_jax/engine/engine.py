@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from apr_jax.cache.context import Segment, marked_segments, own_segments
 from apr_jax.config import check
 from apr_jax.engine import events
-from apr_jax.engine.loop import Loop
+from apr_jax.engine.loop import Loop, changes_threads
 from apr_jax.engine.thread import JoinMode, JoinRecord, Status, Thread
 from apr_jax.types import OutOfPages, SamplingParams
 
@@ -19,6 +19,7 @@ class EngineCore(Loop):
     change the tree of threads; `step` and `run` make tokens. Every primitive leaves all as it was if it raises.
     """
 
+    @changes_threads
     def append(self, thread: Thread, token_ids: Sequence[int] = (), *, sampling: SamplingParams | None = None) -> None:
         """A stopped thread goes on.
 
@@ -44,6 +45,7 @@ class EngineCore(Loop):
         self._force(thread, ids)
         self._wake(thread, sampling)
 
+    @changes_threads
     def fork(
         self,
         thread: Thread,
@@ -96,6 +98,7 @@ class EngineCore(Loop):
         self._suspend(thread, children, spawned=False)
         return children
 
+    @changes_threads
     def spawn(
         self,
         thread: Thread,
@@ -135,6 +138,7 @@ class EngineCore(Loop):
         self._check_status(thread, Status.STOPPED)
         thread.marks = True
 
+    @changes_threads
     def join(
         self,
         thread: Thread,

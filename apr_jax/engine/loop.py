@@ -3,12 +3,14 @@
 Knows token ids only; what they mean is for programs. `engine.py` adds how threads fork and join.
 """
 
+import contextlib
 import dataclasses
+import functools
 import logging
 import math
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ParamSpec, TypeVar
 
 from apr_kernels.plan import Plan
 
@@ -45,6 +47,22 @@ class EngineStats:
     num_round_trips: int = 0
     prefill_tokens: int = 0
     decode_tokens: int = 0
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def changes_threads(method: Callable[P, R]) -> Callable[P, R]:
+    """A method of `Loop` during which cancellations that listeners ask for wait."""
+
+    @functools.wraps(method)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        loop: Any = args[0]
+        with loop._changing():
+            return method(*args, **kwargs)
+
+    return wrapped
 
 
 class Loop:
@@ -89,8 +107,8 @@ class Loop:
         self._next_family_id = 0
         self._next_thread_id = 0
         self._stopped: list[Thread] = []
-        self._in_step = False
-        self._cancel_after_step: list[Thread] = []
+        self._depth = 0  # of calls that change threads; their cancellations wait until the outermost ends
+        self._to_cancel: list[Thread] = []
 
     # Requests.
 
@@ -137,8 +155,7 @@ class Loop:
         Returns:
           The threads that stopped since the last step, each once a stop.
         """
-        self._in_step = True
-        try:
+        with self._changing():
             work = self.scheduler.schedule()
             for thread in work.stopped:
                 self._note_stop(thread)
@@ -149,12 +166,7 @@ class Loop:
                 self._postprocess(batch, self.runner.decode(batch))
             elif not work.prefill and not work.stopped and self.scheduler.threads(Status.WAITING, Status.RUNNING):
                 raise RuntimeError(f"nothing can run: {self.cache.num_available} pages available, {work}")
-        finally:
-            self._in_step = False
-        self.stats.num_steps += 1
-        for thread in self._cancel_after_step:
-            self.cancel(thread)
-        self._cancel_after_step.clear()
+            self.stats.num_steps += 1
         self._emit_step()
         stopped = [thread for thread in self._stopped if thread.status is Status.STOPPED]
         self._stopped.clear()
@@ -163,11 +175,11 @@ class Loop:
     def cancel(self, thread: Thread) -> None:
         """Ends the thread and all its descendants, whatever they are doing; their pages come free at once.
 
-        Called from a listener, that is within a step, it takes effect at the step's end. A thread that has ended
-        already stays as it is.
+        Called from a listener, that is within a step or a primitive, it takes effect at the end of that. A thread
+        that has ended already stays as it is.
         """
-        if self._in_step:
-            self._cancel_after_step.append(thread)
+        if self._depth:
+            self._to_cancel.append(thread)
             return
         self._end(thread, Status.CANCELLED)
 
@@ -213,6 +225,17 @@ class Loop:
         return sorted({min(16, self.config.prefill_chunk), self.config.prefill_chunk})
 
     # Inside.
+
+    @contextlib.contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Threads are being changed: cancellations that listeners ask for wait until the outermost of these ends."""
+        self._depth += 1
+        try:
+            yield
+        finally:
+            self._depth -= 1
+        while self._to_cancel and not self._depth:
+            self._end(self._to_cancel.pop(0), Status.CANCELLED)
 
     def _new_thread(
         self,

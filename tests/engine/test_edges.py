@@ -107,3 +107,33 @@ def test_a_newcomer_takes_the_pages_of_families_that_rest(kept_first):
     engine.run()
     assert kept.stop.reason == "length"
     assert_clean(engine)
+
+
+@pytest.mark.parametrize("kind", [events.ForkEvent, events.JoinEvent, events.FinishEvent, events.TokenEvent])
+@pytest.mark.parametrize("primitive", ["append", "fork", "spawn", "join"])
+def test_a_listener_cancels_within_a_primitive(kind, primitive):
+    engine = make_engine()
+    root = stopped_root(engine)
+    children = []
+    if primitive == "join":
+        children = engine.fork(root, [[5], [6]], sampling=up_to(2))
+        engine.run()
+    seen = []
+
+    def cancel(event):
+        if isinstance(event, kind) and not seen:
+            seen.append(event)
+            engine.cancel(root)
+
+    engine.listeners.append(cancel)
+    if primitive == "append":
+        engine.append(root, [4], sampling=up_to(2))
+    elif primitive == "join":
+        engine.join(root, children, tokens=[4], sampling=up_to(2))
+    else:
+        getattr(engine, primitive)(root, [[5], [6]], sampling=up_to(2))
+    if seen:
+        assert root.status is Status.CANCELLED
+    engine.run()
+    assert all(t.is_done or t.status is Status.STOPPED or not seen for t in root.family.threads)
+    assert_clean(engine)
