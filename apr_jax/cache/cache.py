@@ -96,6 +96,10 @@ class KVCache:
         for segment in _resolve(wanted):
             parent.causal = parent.causal and segment.previous_id == _last_id(parent)
             self._hold(parent, segment)
+            node = segment.node
+            if node is not None and node.parent.segment not in (None, *parent.segments):
+                # A conclusion without what led to it: in the tree it would keep that from being evicted.
+                self._tree.detach(node)
         end = parent.segments[-1].end_position if parent.segments else parent.start_position
         parent.causal = parent.causal and next_position == end
         parent.next_position = next_position

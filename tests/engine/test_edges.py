@@ -137,3 +137,18 @@ def test_a_listener_cancels_within_a_primitive(kind, primitive):
     engine.run()
     assert all(t.is_done or t.status is Status.STOPPED or not seen for t in root.family.threads)
     assert_clean(engine)
+
+
+def test_a_conclusion_does_not_pin_what_led_to_it():
+    engine = make_engine(page_size=1)
+    root = stopped_root(engine)
+    (child,) = engine.fork(root, [[5]], sampling=up_to(60))
+    engine.run()
+    engine.mark(child)
+    engine.append(child, [7], sampling=up_to(3))
+    engine.run()
+    engine.join(root, [child], mode="conclusion", tokens=[9], sampling=up_to(2))
+    engine.run()
+    used = engine.scheduler.family_pages(root.family)
+    assert used < 20 and engine.cache.num_available == engine.cache.pool.total - used
+    assert_clean(engine)
