@@ -333,6 +333,10 @@ class KVCache:
         referenced = sum(len(segment.pages) for segment in segments.values() if segment.refs)
         assert self.pool.num_free + referenced + self.num_cached_pages == self.pool.total, "a page is lost"
 
+    def num_pages_of(self, segments: Iterable[Segment]) -> int:
+        """Pages that the segments' tokens fill, wherever they are."""
+        return sum(self._num_used_pages(segment) for segment in segments)
+
     # Inside.
 
     def _live_segments(self):

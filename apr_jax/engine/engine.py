@@ -161,7 +161,8 @@ class EngineCore(Loop):
         Raises:
           ValueError: unknown mode, a child that has not stopped or is not the thread's, no child or several for
             `select`, no tokens where they are needed.
-          OutOfPages: a child's last token needs a page that cannot be had.
+          OutOfPages: a child's last token needs a page that cannot be had, or the thread would read more pages
+            than the pool has (children that said the same share pages, but they are read for each of them).
         """
         check(mode in JOIN_MODES, f"join mode {mode!r} is not one of {JOIN_MODES}")
         self._check_status(thread, Status.FORKED)
@@ -174,6 +175,7 @@ class EngineCore(Loop):
         if sampling is not None:
             self._check_sampling(sampling)
         assert thread.context is not None
+        self._check_pages_read(thread, children, mode)
         handed: list[int] = []
         if mode == "select" and not ids:
             if not children[0].pending:
@@ -214,6 +216,17 @@ class EngineCore(Loop):
         self._wake(thread, sampling)
 
     # Inside.
+
+    def _check_pages_read(self, thread: Thread, children: Sequence[Thread], mode: JoinMode) -> None:
+        if mode == "splice":
+            return
+        needed, bound = self.scheduler.pages_read(thread), self.cache.pool.total
+        for child in children[:1] if mode == "prefill" else children:
+            assert child.context is not None
+            wanted = marked_segments(child.context) if mode == "conclusion" else own_segments(child.context)
+            needed += self.cache.num_pages_of(wanted)
+        if needed > bound:
+            raise OutOfPages(needed, bound, "one thread's context")
 
     def _parts(
         self, thread: Thread, children: Sequence[Thread], mode: JoinMode

@@ -293,10 +293,18 @@ class Loop:
 
     def _feed(self, threads: Sequence[Thread], counts: dict[int, int], slots: dict[int, int]) -> None:
         """Writes the keys of the first counts[thread.id] pending tokens, whose pages are reserved. Samples nothing."""
-        chunk = next(c for c in self.chunk_buckets if c >= max(counts.values()))
+        chunk = next(c for c in self.chunk_buckets if c >= max(counts[t.id] for t in threads))
         by_slot = {slots[t.id]: t for t in threads}
         rows = [(slot, t.context) for slot, t in by_slot.items() if t.context is not None]
-        plan = self.plans.build(rows, self.config.prefill_rows, self.config.max_threads)
+        try:
+            plan = self.plans.build(rows, self.config.prefill_rows, self.config.max_threads)
+        except PlanOverflow:
+            if len(threads) == 1:
+                raise
+            half = len(threads) // 2
+            self._feed(threads[:half], counts, slots)
+            self._feed(threads[half:], counts, slots)
+            return
         self.runner.prefill(prefill_batch(by_slot, counts, plan, self.config.max_threads, chunk))
         self.stats.num_prefill_dispatches += 1
         for thread in threads:

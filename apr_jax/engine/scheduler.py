@@ -82,6 +82,8 @@ class Scheduler:
                 self._stop(work, thread, Stop("prefilled"))
             elif self._room_in_window(thread) <= 0:
                 self._stop(work, thread, Stop("context"))
+            elif self.pages_read(thread) > self.cache.pool.total:
+                self._stop(work, thread, Stop("pages"))  # more than a plan may have to hold
             elif self._admit(work, thread, slots):
                 self._pick(work, thread)
         # Making room for an older thread may have taken a younger one's slot after it was picked.
@@ -220,6 +222,11 @@ class Scheduler:
         """Unique pages that the family's contexts hold, those in host memory counted."""
         size = self.cache.page_size
         return sum(max(len(s.pages), -(-len(s.token_ids) // size)) for s in _unique_segments(family.live))
+
+    def pages_read(self, thread: Thread) -> int:
+        """Pages that a token of the thread reads: those of a segment that it holds several times count each time."""
+        assert thread.context is not None
+        return self.cache.num_pages_of(thread.context.segments)
 
     def _bring_back(self, work: Work, thread: Thread) -> bool:
         """Brings the thread's segments to the device, making room for them; whether they fit."""

@@ -152,3 +152,27 @@ def test_a_conclusion_does_not_pin_what_led_to_it():
     used = engine.scheduler.family_pages(root.family)
     assert used < 20 and engine.cache.num_available == engine.cache.pool.total - used
     assert_clean(engine)
+
+
+def test_a_context_beyond_the_largest_plan_is_refused_or_stops():
+    """Children that said the same share pages, so that a context can read more pages than there are."""
+    engine = make_engine(page_size=1, num_pages=300, item_pages=1, max_tail_pages=4)
+    total = engine.cache.pool.total
+    root = stopped_root(engine)
+    children = engine.fork(root, [[5]] * 6, sampling=up_to(30))
+    engine.run()
+    engine.join(root, children, tokens=[9], sampling=up_to(3))
+    engine.run()
+    assert engine.scheduler.family_pages(root.family) < 60 < len(held(root))
+    children = engine.fork(root, [[5]] * 6, sampling=up_to(30))
+    engine.run()
+    assert [child.stop.reason for child in children] == ["length"] * 6
+    with pytest.raises(OutOfPages, match=f"{total} available in one thread's context"):
+        engine.join(root, children, tokens=[9], sampling=up_to(3))
+    engine.join(root, children[:3], tokens=[9], sampling=up_to(500))
+    engine.run()
+    assert root.stop.reason == "pages" and len(held(root)) <= total + engine.config.max_tail_pages + 1
+    (last,) = engine.fork(root, [[8]], sampling=up_to(3))
+    engine.run()
+    assert last.stop.reason == "pages"
+    assert_clean(engine)
