@@ -166,7 +166,7 @@ class Runner:
 
     def write_pages(self, page_ids: Sequence[int], data: list[list[np.ndarray]]) -> None:
         """Copies what `read_pages` returned back, to other pages if need be. Donates the pages."""
-        structure = jax.tree.structure(jax.eval_shape(self._read_fn, self.pages, _padded([])))
+        structure = jax.tree.structure(jax.eval_shape(_read_all, self.pages, _padded([])))
         for start in range(0, len(page_ids), SWAP_PAGES):
             ids = _padded(page_ids[start : start + SWAP_PAGES], self.pages[0].num_pages)
             leaves = []
@@ -279,11 +279,15 @@ class Runner:
 
     def _read_fn(self, pages, page_ids):
         self.num_compiles += 1
-        return [read_pages(layer, page_ids) for layer in pages]
+        return _read_all(pages, page_ids)
 
     def _write_fn(self, pages, page_ids, data):
         self.num_compiles += 1
         return [write_pages(layer, page_ids, part) for layer, part in zip(pages, data, strict=True)]
+
+
+def _read_all(pages: list[KVPages], page_ids) -> list:
+    return [read_pages(layer, page_ids) for layer in pages]
 
 
 def _padded(page_ids: Sequence[int], fill: int = 0) -> np.ndarray:

@@ -219,6 +219,9 @@ def test_after_warm_up_nothing_compiles(caplog):
             engine.run()
             engine.join(root, children, tokens=[4], sampling=FREE_RUN)
             engine.run()
+            assert engine.scheduler._step_back(root.family) > 0
+            engine.append(root, [4], sampling=FREE_RUN)
+            engine.run()
     finally:
         jax.config.update("jax_log_compiles", False)
     compiled = [r.getMessage() for r in caplog.records if "Finished XLA compilation" in r.getMessage()]
