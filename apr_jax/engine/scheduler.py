@@ -33,6 +33,7 @@ class Work:
     decode: dict[int, int] = dataclasses.field(default_factory=dict)
     threads: dict[int, Thread] = dataclasses.field(default_factory=dict)
     stopped: list[Thread] = dataclasses.field(default_factory=list)
+    newcomer_waits: bool = False  # for pages
 
 
 class Scheduler:
@@ -108,8 +109,11 @@ class Scheduler:
         if not slots and not self._free_a_slot(thread, slots):
             return False
         assert thread.context is not None
-        if not self._is_started(thread.family) and not self._fits_beside_others(thread):
-            return False  # nobody is preempted for a newcomer
+        if not self._is_started(thread.family):
+            # Nobody is preempted for a newcomer, and no later one overtakes it.
+            work.newcomer_waits = work.newcomer_waits or not self._fits_beside_others(thread)
+            if work.newcomer_waits:
+                return False
         missing = [s for s in thread.context.segments if s.swapped]
         if missing and not self._has_headroom(thread, missing):
             return False  # it would be moved out again at once

@@ -176,3 +176,19 @@ def test_a_context_beyond_the_largest_plan_is_refused_or_stops():
     engine.run()
     assert last.stop.reason == "pages"
     assert_clean(engine)
+
+
+def test_a_large_newcomer_is_not_overtaken_for_ever():
+    engine = make_engine(num_pages=101, max_threads=8)
+    small = [engine.submit([i] * 8, sampling=up_to(60)) for i in range(4)]
+    engine.step()
+    large = engine.submit([200] * 320, sampling=up_to(3))
+    for i in range(40):
+        small.append(engine.submit([i + 10] * 8, sampling=up_to(60)))
+        for thread in engine.step():
+            if thread is not large:
+                engine.release(thread)
+    assert large.stop is not None and large.stop.reason == "length"
+    engine.run()
+    assert all(thread.is_done or thread.stop.reason == "length" for thread in small)
+    assert_clean(engine)
