@@ -1,16 +1,18 @@
 """How a Countdown search is written down: one token a piece, in one context or as Multiverse blocks.
 
     prompt      <parallel> 22 26 31 53 -> 27          or <sequential> ...
-    opening      : 22 26 = 4 48 . . | 31 53 = 22 84 . . | 27 4 = 23 31 108 . | 27 48 = 21 75 . . ;
+    opening      : 22 26 = 4 48 . . | 31 53 = 22 84 . . | 27 4 = 23 31 108 . ~ 22 22 84 . ;
     targets      27 22 = 5 49 . . , 27 26 = 1 53 . . , 27 31 = 4 58 . . , 27 53 = 26 80 . . ;
 
 `x y = d s p q` is the quad of x and y: difference, sum, product, quotient; `.` where there is none (see
-`countdown_search`). After `|` come the needed quads, compared with the made quad before them; a value that
-matches is followed by `!` and ends the line. A line of the search is a lemma, headed by its closing equation
-without the target and the three numbers left, or a split:
+`countdown_search`). After `|` come the needed quads, compared with the made quad before them: after `~` stands, for
+each needed value, the made value closest to it; if the two are equal, `!` follows and ends the line. (A small model
+copies the closest value easily and then has two tokens at a fixed distance to compare; asked for a match alone, it
+misses most.) A line of the search is a lemma, headed by its closing equation without the target and the three
+numbers left, or a split:
 
-    lemma        53 - 26 : 22 26 31 , 26 31 = 5 57 . . | 26 22 = 4 48 . . , 22 31 = 9 53 . . | 26 26 = ...
-    split        22 31 | 26 53 : 22 31 = 9 53 . . | 26 53 = 27 79 . . | 27 9 = 18 36 . 3 | 27 53 = ...
+    lemma        53 - 26 : 22 26 31 , 26 31 = 5 57 . . | 26 22 = 4 48 . . ~ 5 57 . . , 22 31 = 9 53 . . | 26 26 ...
+    split        22 31 | 26 53 : 22 31 = 9 53 . . | 26 53 = 27 79 . . | 27 9 = 18 36 . 3 ~ 27 27 ...
 
 Sequential: lines end with `;`, the first match ends the search, ` => equations` (or ` => none`) closes it.
 Parallel: after a failed opening and the targets, each block of the search is forked,
@@ -34,15 +36,16 @@ TAGS = ("<Parallel>", "</Parallel>", "<Goal>", "</Goal>", "<Outline>", "</Outlin
 MAX_PATHS = 24
 LABELS = tuple(f"{i}:" for i in range(1, MAX_PATHS + 1))
 SIGNS = (" :", " =", " |", " ,", " ;", " !", " =>", " ->", " .", " -", " +", " *", " /", " none")
+NEAREST = " ~"
 NUMBERS = tuple(f" {n}" for n in range(MAX_VALUE + 1))
-RESERVED = ("<reserved_0>", "<reserved_1>")  # makes 256
+RESERVED = ("<reserved_0>",)  # makes 256
 CONCLUSION_MARKER = " =>"
 MATCH = " !"
 
 
 def vocabulary() -> tuple[str, ...]:
     """All pieces in the order of their ids; a leading space is part of the piece."""
-    return (*CONTROLS, *MODES.values(), *TAGS, *LABELS, *SIGNS, *NUMBERS, *RESERVED)
+    return (*CONTROLS, *MODES.values(), *TAGS, *LABELS, *SIGNS, *NUMBERS, NEAREST, *RESERVED)
 
 
 def number_piece(value: int | None) -> str:
@@ -67,15 +70,13 @@ def _prompt_pieces(problem: Problem, program: str) -> list[str]:
     return [MODES.get(program, MODES["sequential"]), *numbers, " ->", number_piece(problem.target)]
 
 
-def _quad(x: int, y: int, until: int | None = None) -> list[str]:
-    """`x y = d s p q`, cut after slot `until` and marked as a match if that is given."""
-    slots = [number_piece(value) for value in quad(x, y)]
-    head = [number_piece(x), number_piece(y), " ="]
-    return head + slots if until is None else [*head, *slots[: until + 1], " !"]
+def _quad(x: int, y: int) -> list[str]:
+    return [number_piece(x), number_piece(y), " =", *map(number_piece, quad(x, y))]
 
 
 def _needed(each: Round) -> list[str]:
-    return [" |", *_quad(each.target, each.number, None if each.slots is None else each.slots[0])]
+    pieces = [" |", *_quad(each.target, each.number), NEAREST, *map(number_piece, each.nearest)]
+    return pieces if each.slots is None else [*pieces, MATCH]
 
 
 def _heading(line: Line) -> list[str]:

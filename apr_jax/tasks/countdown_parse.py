@@ -8,7 +8,7 @@ from apr_jax.tasks.trace import Block, Span, Trace
 
 _N, _S = r" \d{1,3}", r" (?:\d{1,3}|\.)"
 _QUAD = rf"{_N}{_N} =(?:{_S}){{4}}"
-_MISS, _MATCH = rf" \|{_QUAD}", rf" \|{_N}{_N} =(?:{_S}){{1,4}} !"
+_MISS, _MATCH = rf" \|{_QUAD} ~(?:{_S}){{4}}", rf" \|{_QUAD} ~(?:{_S}){{1,4}} !"
 _SPLIT = rf" :{_QUAD} \|{_QUAD}"
 _LEMMA_HEADING, _SPLIT_HEADING = rf"{_N} [-+*/]{_N}", rf"{_N}{_N} \|{_N}{_N}"
 _HEADING = rf"(?:{_LEMMA_HEADING}|{_SPLIT_HEADING})"

@@ -54,21 +54,25 @@ def needing(target: int, number: int, slot: int) -> Equation:
 class Round:
     """One comparison of what `pair` makes with what is needed for `target` beside `number`.
 
-    `slots` is (slot of the needed quad, slot of the made quad) of the first match in the needed quad's order.
+    `nearest` holds, for every needed value, the made value closest to it (the first of several), up to the first
+    that is equal. `slots` is then (slot of the needed quad, slot of the made quad), a match.
     """
 
     pair: Pair
     target: int
     number: int
+    nearest: tuple[int | None, ...]
     slots: tuple[int, int] | None
 
 
 def compare(pair: Pair, target: int, number: int) -> Round:
     made, needed = quad(*pair), quad(target, number)
+    values = [value for value in made if value is not None]
+    nearest = [None if x is None else min(values, key=lambda y: abs(x - y)) for x in needed]
     for slot, value in enumerate(needed):
-        if value is not None and value in made:
-            return Round(pair, target, number, (slot, made.index(value)))
-    return Round(pair, target, number, None)
+        if value is not None and value == nearest[slot]:
+            return Round(pair, target, number, tuple(nearest[: slot + 1]), (slot, made.index(value)))
+    return Round(pair, target, number, tuple(nearest), None)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,17 +1,16 @@
 """Drills: rounds of the Countdown format with many matches, to teach that a value is among four others.
 
-In whole traces one value in about sixty matches, and a small model learns all arithmetic long before it sees a
-match. A drill is a row of unrelated rounds, half of them with a match; operands are given, slots and marks
-are learned.
+In whole traces one value in about sixty matches. A drill is a row of unrelated rounds, half of them with a match;
+operands are given, slots and marks are learned.
 """
 
 import numpy as np
 
-from apr_jax.tasks.countdown_format import BOS, MODES, number_piece
+from apr_jax.tasks.countdown_format import BOS, MATCH, MODES, NEAREST, number_piece
 from apr_jax.tasks.countdown_search import MAX_VALUE, compare, quad
 from apr_jax.tasks.trace import Span, Trace
 
-NUM_ROUNDS = 14
+NUM_ROUNDS = 11
 
 
 def draw_drill(rng: np.random.Generator) -> Trace:
@@ -31,12 +30,12 @@ def draw_drill(rng: np.random.Generator) -> Trace:
         spans.append(Span((*map(number_piece, pair), " ="), forced=3))
         spans.append(Span((*map(number_piece, quad(*pair)), " |")))
         spans.append(Span((number_piece(target), number_piece(number), " ="), forced=3))
-        slots = compare(pair, target, number).slots
-        needed = tuple(map(number_piece, quad(target, number)))
-        if slots is None:
+        found = compare(pair, target, number)
+        needed = (*map(number_piece, quad(target, number)), NEAREST, *map(number_piece, found.nearest))
+        if found.slots is None:
             spans.append(Span((*needed, " ,")))
         else:
-            spans.append(Span((*needed[: slots[0] + 1], " !")))
+            spans.append(Span((*needed, MATCH)))
             spans.append(Span((" ,",), forced=1))
     return tuple(spans)
 

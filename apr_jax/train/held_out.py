@@ -18,7 +18,7 @@ from apr_jax.train.countdown_data import PAD_ID, PIECE_IDS
 from apr_jax.train.packing import Row, flatten, pack, stack
 from apr_jax.train.supervised import make_eval_step
 
-LENGTHS = (256, 512, 1152)
+LENGTHS = (256, 512, 1280)
 SLOTS = ("difference", "sum", "product", "quotient")
 
 
@@ -50,7 +50,7 @@ def teacher_forced(problems: Sequence[Problem]) -> Callable[[Decoder], dict[str,
 
         for length, shorter in zip(LENGTHS, (0, *LENGTHS), strict=False):
             group = [entry for entry in rows if shorter < len(entry[2]) <= length]
-            size = max(1, 3456 // length)
+            size = max(1, 3840 // length)
             for start in range(0, len(group), size):
                 part = group[start : start + size]
                 padded = [pack([row], [length], PAD_ID)[length][0] for _, _, row in part]

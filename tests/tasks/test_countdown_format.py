@@ -97,7 +97,8 @@ SOLVED = trace_text(render_multiverse(search(Problem((11, 28, 94, 98), 92))))
     ("old", "new", "error"),
     [
         ("</Goal>", "", "not in the format"),
-        (" | 6 11 = 5 17 66 !", " | 6 11 = 5 17 !!", "not in the format"),
+        (" ~ 66 66 66 !", " ~ 66 66 66", "not in the format"),
+        (" ~ 66 66 66 !", " !", "not in the format"),
         ("<Conclusion>1:", "<Conclusion>9:", "names path 9"),
         ("<Outline>2:", "<Outline>3:", "outlines are numbered"),
         ("<Path>2:", "<Path>3:", "paths are numbered"),

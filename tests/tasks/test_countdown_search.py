@@ -3,7 +3,7 @@
 import pytest
 
 from apr_jax.tasks.countdown import Problem, check_equations, combine, draw_problems
-from apr_jax.tasks.countdown_search import MAX_VALUE, making, needing, quad, search
+from apr_jax.tasks.countdown_search import MAX_VALUE, compare, making, needing, quad, search
 
 PROBLEMS = draw_problems(21, 150)
 
@@ -70,6 +70,13 @@ def test_made_and_needed_equations_hold():
                 made, needed = making(x, y, slot), needing(x, y, slot)
                 assert made.holds and made.value == value and {made.left, made.right} == {x, y}
                 assert needed.holds and needed.value == x and sorted((needed.left, needed.right)) == sorted((value, y))
+
+
+def test_nearest_made_values_are_listed_up_to_the_first_match():
+    # made: 66 122; needed: 5 17 66 .
+    assert compare((28, 94), 6, 11).nearest == (66, 66, 66) and compare((28, 94), 6, 11).slots == (2, 0)
+    # made: 70 126; needed: 9 13 22 .
+    assert compare((28, 98), 2, 11).nearest == (70, 70, 70, None) and compare((28, 98), 2, 11).slots is None
 
 
 @pytest.mark.parametrize(

@@ -34,12 +34,15 @@ def test_drills_hold_right_quads_and_marks():
         for text in body.removesuffix(" ,").split(" ,"):
             made, needed = text.split(" |")
             x, y, *made_slots = made.replace(" =", "").split()
-            target, number, *needed_slots = needed.replace(" =", "").replace(" !", "").split()
+            needed, nearest = needed.replace(MATCH, "").split(" ~")
+            target, number, *needed_slots = needed.replace(" =", "").split()
             expected_made, expected = quad(int(x), int(y)), quad(int(target), int(number))
             assert [f" {slot}" for slot in made_slots] == [number_piece(v) for v in expected_made]
+            assert [f" {slot}" for slot in needed_slots] == [number_piece(v) for v in expected]
             hit = next((i for i, v in enumerate(expected) if v is not None and v in expected_made), None)
-            stop = 4 if hit is None else hit + 1
-            assert [f" {slot}" for slot in needed_slots] == [number_piece(v) for v in expected[:stop]]
+            made_values = [v for v in expected_made if v is not None]
+            closest = [None if v is None else min(made_values, key=lambda m: abs(m - v)) for v in expected]
+            assert nearest.split() == [number_piece(v).strip() for v in closest[: 4 if hit is None else hit + 1]]
             assert text.endswith(MATCH) == (hit is not None)
             matches, rounds = matches + (hit is not None), rounds + 1
     assert rounds == 30 * NUM_ROUNDS and 0.4 < matches / rounds < 0.65
@@ -49,7 +52,7 @@ def test_drills_give_operands_and_teach_the_rest():
     row = flatten(draw_drill(np.random.default_rng(0)), PIECE_IDS.__getitem__)
     learned = row.tokens[1:][row.loss[:-1] > 0]
     assert PIECE_IDS[MATCH] in learned and PIECE_IDS[" ="] not in learned
-    assert PIECE_IDS[" |"] in learned
+    assert PIECE_IDS[" |"] in learned and PIECE_IDS[" ~"] in learned
     assert 0.4 < row.loss.mean() < 0.8
 
 
