@@ -28,8 +28,8 @@ class SamplingParams:
       max_new_tokens: sampled tokens at most; 0 only prefills.
       stop_ids: token ids that stop the thread, kept as its last token; the model's own eos ids stop it too
         unless ignore_eos.
-      stop: strings that stop the thread; the text is cut before the string, and the tokens that went beyond are
-        rolled back.
+      stop: strings that stop the thread; the token in which one is complete is the thread's last, and those that
+        went beyond are rolled back.
       seed: the request's random seed.
       logprobs: also return each sampled token's log-probability under the model (before temperature and filters).
       banned_ids: token ids never sampled.

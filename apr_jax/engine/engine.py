@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from apr_jax.cache.context import Segment, marked_segments, own_segments
 from apr_jax.config import check
 from apr_jax.engine import events
-from apr_jax.engine.loop import Loop, changes_threads
+from apr_jax.engine.loop import Loop
 from apr_jax.engine.thread import JoinMode, JoinRecord, Status, Thread
+from apr_jax.engine.tree import changes_threads
 from apr_jax.types import OutOfPages, SamplingParams
 
 JOIN_MODES = ("stitch", "conclusion", "select", "prefill", "splice")

@@ -3,19 +3,13 @@
 Knows token ids only; what they mean is for programs. `engine.py` adds how threads fork and join.
 """
 
-import contextlib
-import dataclasses
-import functools
 import logging
 import math
-import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ParamSpec, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 from apr_kernels.plan import Plan
 
-from apr_jax.cache.cache import KVCache
-from apr_jax.cache.context import Context
 from apr_jax.cache.plan_builder import PlanBuilder, PlanOverflow
 from apr_jax.config import CacheConfig, EngineConfig, ModelConfig, check
 from apr_jax.engine import events
@@ -27,9 +21,10 @@ from apr_jax.engine.batch import (
     prefill_batch,
 )
 from apr_jax.engine.runner import Runner
-from apr_jax.engine.scheduler import WANTS_TO_RUN, Scheduler, Work
+from apr_jax.engine.scheduler import Work
 from apr_jax.engine.stop_strings import find_stop
 from apr_jax.engine.thread import Family, Status, Stop, Thread
+from apr_jax.engine.tree import ThreadTree
 from apr_jax.models.decoder import Decoder
 from apr_jax.tokenizers import Tokenizer
 from apr_jax.types import SamplingParams
@@ -37,42 +32,13 @@ from apr_jax.types import SamplingParams
 logger = logging.getLogger(__name__)
 
 
-@dataclasses.dataclass
-class EngineStats:
-    """Counts since the engine was made. A round trip is one fetch from the device that the host waits for."""
-
-    num_steps: int = 0
-    num_prefill_dispatches: int = 0
-    num_decode_dispatches: int = 0
-    num_round_trips: int = 0
-    prefill_tokens: int = 0
-    decode_tokens: int = 0
-
-
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-def changes_threads(method: Callable[P, R]) -> Callable[P, R]:
-    """A method of `Loop` during which cancellations that listeners ask for wait."""
-
-    @functools.wraps(method)
-    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
-        loop: Any = args[0]
-        with loop._changing():
-            return method(*args, **kwargs)
-
-    return wrapped
-
-
-class Loop:
+class Loop(ThreadTree):
     """Runs threads until they stop.
 
     Args:
       model_config, decoder: the model; the decoder's dtype must be the engine's.
       tokenizer: for stop strings only.
       runner: what runs batches; made from the decoder if None.
-      listeners: called with every event, in order; they must not change threads.
     """
 
     def __init__(
@@ -85,30 +51,12 @@ class Loop:
         engine_config: EngineConfig = EngineConfig(),  # noqa: B008 (frozen)
         runner: Any = None,
     ):
-        self.model_config = model_config
-        self.tokenizer = tokenizer
-        self.config = engine_config
-        self.cache = KVCache(cache_config, engine_config.max_tail_pages)
         if runner is None:
             assert decoder is not None, "a decoder or a runner is needed"
             runner = Runner(model_config, decoder, cache_config, engine_config)
-        self.runner = runner
+        super().__init__(model_config, cache_config, engine_config, runner)
+        self.tokenizer = tokenizer
         self.plans = PlanBuilder(cache_config, engine_config)
-        self.scheduler = Scheduler(
-            engine_config,
-            self.cache,
-            model_config.max_position,
-            lambda page_ids: self.runner.read_pages(page_ids),
-            lambda page_ids, data: self.runner.write_pages(page_ids, data),
-            self._note_preemption,
-        )
-        self.listeners: list[events.Listener] = []
-        self.stats = EngineStats()
-        self._next_family_id = 0
-        self._next_thread_id = 0
-        self._stopped: list[Thread] = []
-        self._depth = 0  # of calls that change threads; their cancellations wait until the outermost ends
-        self._to_cancel: list[Thread] = []
 
     # Requests.
 
@@ -172,31 +120,6 @@ class Loop:
         self._stopped.clear()
         return stopped
 
-    def cancel(self, thread: Thread) -> None:
-        """Ends the thread and all its descendants, whatever they are doing; their pages come free at once.
-
-        Called from a listener, that is within a step or a primitive, it takes effect at the end of that. A thread
-        that has ended already stays as it is.
-        """
-        if self._depth:
-            self._to_cancel.append(thread)
-            return
-        self._end(thread, Status.CANCELLED)
-
-    def release(self, thread: Thread) -> None:
-        """Gives up the pages of a thread that has stopped, and of its descendants; its tokens stay readable.
-
-        Raises:
-          ValueError: the thread still runs (cancel it instead).
-        """
-        if thread.is_done:
-            return
-        check(
-            thread.status in (Status.STOPPED, Status.FORKED),
-            f"thread {thread.id} is {thread.status.value}: cancel it, or let it stop before it is released",
-        )
-        self._end(thread, Status.FINISHED)
-
     def warm_up(self) -> int:
         """Compiles every declared bucket, so that nothing compiles later; returns how many programs there are."""
         config = self.config
@@ -225,67 +148,6 @@ class Loop:
         return sorted({min(16, self.config.prefill_chunk), self.config.prefill_chunk})
 
     # Inside.
-
-    @contextlib.contextmanager
-    def _changing(self) -> Iterator[None]:
-        """Threads are being changed: cancellations that listeners ask for wait until the outermost of these ends."""
-        self._depth += 1
-        try:
-            yield
-        finally:
-            self._depth -= 1
-        while self._to_cancel and not self._depth:
-            self._end(self._to_cancel.pop(0), Status.CANCELLED)
-
-    def _new_thread(
-        self,
-        family: Family,
-        parent: Thread | None,
-        path: tuple[tuple[int, int], ...],
-        sampling: SamplingParams,
-        context: Context,
-    ) -> Thread:
-        thread = Thread(
-            id=self._next_thread_id,
-            family=family,
-            parent=parent,
-            path=path,
-            sampling=sampling,
-            context=context,
-            start_position=context.next_position,
-            budget=sampling.max_new_tokens,
-        )
-        self._next_thread_id += 1
-        family.threads.append(thread)
-        return thread
-
-    def _end(self, thread: Thread, status: Status) -> None:
-        for child in thread.children:
-            if not child.is_done:
-                self._end(child, Status.CANCELLED if child.status in WANTS_TO_RUN else status)
-        if not thread.is_done:
-            assert thread.context is not None
-            self.cache.release(thread.context)
-            thread.context = None
-            thread.slot = None
-            thread.status = status
-            self.emit(events.FinishEvent, thread, cancelled=status is Status.CANCELLED)
-        if not thread.family.live:
-            self.scheduler.families.pop(thread.family.id, None)
-
-    def _checked_ids(self, token_ids: Sequence[int]) -> list[int]:
-        ids = [int(token) for token in token_ids]
-        vocab_size = self.model_config.vocab_size
-        for token in ids:
-            check(0 <= token < vocab_size, f"token id {token} is outside the vocabulary of {vocab_size}")
-        return ids
-
-    def _check_sampling(self, sampling: SamplingParams) -> None:
-        bound = self.config.max_stop_ids
-        num_stops = len({*sampling.stop_ids, *(() if sampling.ignore_eos else self.model_config.eos_ids)})
-        check(num_stops <= bound, f"{num_stops} stop ids, end-of-sequence ids included; max_stop_ids is {bound}")
-        num_banned = len(sampling.banned_ids)
-        check(num_banned <= bound, f"{num_banned} banned ids, max_stop_ids (which bounds them too) is {bound}")
 
     def _run_prefill(self, work: Work) -> None:
         threads = [work.threads[i] for i in work.prefill]
@@ -429,54 +291,3 @@ class Loop:
                 thread.marks = False
         counters = thread.family.counters
         counters.max_context_tokens = max(counters.max_context_tokens, context.num_tokens)
-
-    # Events.
-
-    def emit(self, kind: type[events.Event], thread: Thread, **fields) -> None:
-        """Tells the listeners; `fields` are what the event holds beside step, time, family and thread."""
-        if self.listeners:
-            event = kind(
-                step=self.stats.num_steps,
-                time_s=time.perf_counter(),
-                family_id=thread.family.id,
-                thread_id=thread.id,
-                **fields,
-            )
-            for listener in self.listeners:
-                listener(event)
-
-    def _note_stop(self, thread: Thread) -> None:
-        assert thread.stop is not None
-        self._stopped.append(thread)
-        self.emit(events.StopEvent, thread, reason=thread.stop.reason)
-
-    def _note_preemption(self, family: Family, thread: Thread | None, num_pages: int, resumed: bool) -> None:
-        whole = thread is None
-        self.emit(
-            events.PreemptEvent,
-            thread or family.root,
-            num_pages=num_pages,
-            resumed=resumed,
-            whole_family=whole,
-        )
-
-    def _emit_step(self) -> None:
-        running = self.scheduler.threads(Status.RUNNING)
-        for family in {thread.family.id: thread.family for thread in running}.values():
-            pages = self.scheduler.family_pages(family)
-            family.counters.peak_pages = max(family.counters.peak_pages, pages)
-        if not self.listeners:
-            return
-        event = events.StepEvent(
-            step=self.stats.num_steps,
-            time_s=time.perf_counter(),
-            family_id=-1,
-            thread_id=-1,
-            num_running=len(running),
-            num_waiting=len(self.scheduler.threads(Status.WAITING)),
-            free_pages=self.cache.pool.num_free,
-            used_pages=self.cache.pool.num_used,
-            cached_pages=self.cache.num_cached_pages,
-        )
-        for listener in self.listeners:
-            listener(event)

@@ -5,7 +5,6 @@ compiled loop and one device-to-host fetch, however many steps it takes.
 """
 
 import dataclasses
-import functools
 import logging
 import os
 from collections.abc import Sequence
@@ -32,7 +31,7 @@ _INTS = ("num_forced", "position", "capacity", "budget", "num_sampled", "top_k",
 _FLOATS = ("temperature", "top_p", "min_p", "repetition_penalty")
 
 
-@functools.partial(jax.tree_util.register_dataclass)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Loop:
     """What moves in the decode loop.
@@ -75,8 +74,6 @@ class Runner:
         self.config = engine_config
         self.vocab_size = model_config.vocab_size
         self.num_compiles = 0
-        self.num_dispatches = 0
-        self.num_fetches = 0
         self._unseen: dict[int, jax.Array] = {}
         if engine_config.compile_cache_dir is not None:
             os.makedirs(engine_config.compile_cache_dir, exist_ok=True)
@@ -111,7 +108,6 @@ class Runner:
 
     def prefill(self, batch: PrefillBatch) -> None:
         """Feeds the batch's tokens. Donates the pages; does not wait for the device."""
-        self.num_dispatches += 1
         self.pages = self._prefill(
             self.params,
             self.pages,
@@ -124,8 +120,6 @@ class Runner:
 
     def decode(self, batch: DecodeBatch) -> DecodeResult:
         """Runs up to K steps and waits for what they sampled. Donates the pages."""
-        self.num_dispatches += 1
-        self.num_fetches += 1
         self.pages, packed = self._decode(self.params, self.pages, *self._decode_inputs(batch))
         num_steps = self.config.steps_per_dispatch
         fetched = np.asarray(packed)

@@ -333,6 +333,8 @@ class Scheduler:
             self.cache.finish_swap_out(segment, self._read_pages(page_ids))
 
     def _stop(self, work: Work, thread: Thread, stop: Stop) -> None:
+        assert thread.context is not None
+        self.cache.trim(thread.context)
         thread.slot = None
         thread.status = Status.STOPPED
         thread.stop = stop
