@@ -31,13 +31,14 @@ def main() -> None:
     if not source.is_dir():
         raise ValueError(f"--source={source} is no directory")
     check_new_directory(output)
-    if has_tokenizer(source):
+    has_text = has_tokenizer(source)
+    if has_text:
         load_tokenizer(source)  # refuses a damaged one before anything is written
-    else:
-        print(f"note: no tokenizer in {source}, so the checkpoint will have none", file=sys.stderr)
     with cli.profile():
         decoder = load_hf(source, _DTYPE.value)
         save_checkpoint(output, decoder, source)
+    if not has_text:
+        print(f"note: no tokenizer in {source}, so the checkpoint has none", file=sys.stderr)
     print(f"{output}: {decoder.config.architecture}, {decoder.num_params:,} parameters, {decoder.dtype}")
 
 

@@ -23,6 +23,7 @@ from thread_view import LiveView, PlainView, ThreadView
 
 from apr_jax import Engine, SamplingParams
 from apr_jax.config import check
+from apr_jax.models.checkpoint import checkpoint_directory
 from apr_jax.reasoning.driver import Driver
 from apr_jax.reasoning.output import Output
 from apr_jax.reasoning.program import Request
@@ -58,6 +59,7 @@ def main() -> None:
     check(_NUM_SAMPLES.value >= 1, f"--num_samples={_NUM_SAMPLES.value}, must be >= 1")
     check(_MAX_NEW_TOKENS.value >= 1, f"--max_new_tokens={_MAX_NEW_TOKENS.value}, must be >= 1")
     check(_TENSOR.value == 1, f"--tensor={_TENSOR.value}, must be 1: this engine runs on one device")
+    checkpoint_directory(Path(_CHECKPOINT.value).expanduser())  # refused before anything else is asked for
     task = TASKS.get(Path(_CHECKPOINT.value).name)
     prompt = _read_prompt(task)
     output_path = check_output_path(_OUTPUT_JSON.value) if _OUTPUT_JSON.value else None

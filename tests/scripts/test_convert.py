@@ -78,7 +78,7 @@ def test_bad_input_is_one_line(tmp_path, source, monkeypatch, args, message):
 def test_a_source_without_tokenizer_converts_with_a_note(tmp_path):
     export_hf(tmp_path / "hf", tiny_decoder())
     code, _, err = run("convert_hf.py", f"--source={tmp_path / 'hf'}", f"--output={tmp_path / 'own'}")
-    assert code == 0 and err == f"note: no tokenizer in {tmp_path / 'hf'}, so the checkpoint will have none\n"
+    assert code == 0 and err == f"note: no tokenizer in {tmp_path / 'hf'}, so the checkpoint has none\n"
     assert load_decoder(tmp_path / "own").config == tiny_config()
     with pytest.raises(ValueError, match="no tokenizer in"):
         load_checkpoint(tmp_path / "own")
