@@ -135,7 +135,9 @@ def test_optimizer_settings_are_checked():
 def test_export_replaces_an_earlier_export_alone(tmp_path):
     decoder = Decoder(CONFIG, rngs=nnx.Rngs(0))
     export_countdown(tmp_path / "model", decoder)
+    (tmp_path / "model" / "README.md").write_text("the card")
     export_countdown(tmp_path / "model", decoder)
+    assert (tmp_path / "model" / "README.md").read_text() == "the card"
     loaded = load_hf(tmp_path / "model")
     np.testing.assert_array_equal(loaded.embedding[...], decoder.embedding[...])
     (tmp_path / "model" / "notes.txt").write_text("keep me")
