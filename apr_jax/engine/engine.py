@@ -17,7 +17,8 @@ JOIN_MODES = ("stitch", "conclusion", "select", "prefill", "splice")
 
 class EngineCore(Loop):
     """Threads over one paged cache: `submit`, `fork`, `spawn`, `append`, `mark`, `join`, `cancel` and `release`
-    change the tree of threads; `step` and `run` make tokens. Every primitive leaves all as it was if it raises.
+    change the tree of threads; `step` and `run` make tokens. Every primitive leaves all as it was if it raises, but
+    that last tokens of stopped threads may have been fed.
     """
 
     @changes_threads
@@ -42,7 +43,7 @@ class EngineCore(Loop):
         if thread.marks:  # the marker is sampled from, so it gets its keys, in a segment of its own, as it runs
             assert thread.context is not None
             self.cache.seal(thread.context)
-            thread.num_carried = len(thread.pending)
+            thread.num_to_seal = len(thread.pending)
         self._force(thread, ids)
         self._wake(thread, sampling)
 
@@ -66,17 +67,17 @@ class EngineCore(Loop):
           The children, in order; those that find no room wait for their turn.
 
         Raises:
-          ValueError: no child, or the thread has not stopped.
+          ValueError: no child, or the thread has not stopped, or was marked and has not gone on.
           OutOfPages: the children cannot fit the family's bound.
         """
         self._check_status(thread, Status.STOPPED)
+        check(not thread.marks, f"thread {thread.id} was marked: it goes on with append before it forks")
         lists = [self._checked_ids(ids) for ids in token_lists]
         params = self._one_each(sampling, len(lists))
         bound = self.scheduler.max_family_pages
         needed = self.scheduler.family_pages(thread.family) + len(lists)  # a page a child, at least
         if needed > bound:
             raise OutOfPages(needed, bound, "the family's bound")
-        self._settle_mark(thread)
         carried: list[int] = []
         if all(lists):
             self._flush([thread])
@@ -92,7 +93,7 @@ class EngineCore(Loop):
             child = self._new_thread(thread.family, thread, path, child_params, context)
             child.start_position = context.next_position + len(carried)
             child.pending = list(carried)
-            child.num_carried = len(carried)
+            child.num_to_seal = len(carried)
             self._force(child, ids)
             children.append(child)
         thread.carried = carried
@@ -113,6 +114,7 @@ class EngineCore(Loop):
           ValueError: a prompt is empty or longer than the context window, or the thread has not stopped.
         """
         self._check_status(thread, Status.STOPPED)
+        check(not thread.marks, f"thread {thread.id} was marked: it goes on with append before it forks")
         lists = [self._checked_ids(ids) for ids in prompts]
         window = self.model_config.max_position
         for ids in lists:
@@ -245,7 +247,7 @@ class EngineCore(Loop):
         parts = [own_segments(context) for context in contexts]
         # Each child begins with the tokens that the fork carried; the first child's are enough.
         # A child that never ran may hand them on unfed.
-        num_fed = [max(0, len(thread.carried) - child.num_carried) for child in children[: len(parts)]]
+        num_fed = [max(0, len(thread.carried) - child.num_to_seal) for child in children[: len(parts)]]
         firsts = [_split_at(part, n) for part, n in zip(parts, num_fed, strict=True)]
         if mode == "conclusion":
             ends = [marked_segments(context) for context in contexts]
@@ -264,7 +266,7 @@ class EngineCore(Loop):
             self._flush([thread])
             assert thread.context is not None
             self.cache.mark(thread.context)
-            thread.marks, thread.num_carried = False, 0
+            thread.marks, thread.num_to_seal = False, 0
 
     def _text_ids(self, thread: Thread) -> list[int]:
         """The thread's tokens with those of the children it joined, in the order of the text."""
@@ -340,7 +342,7 @@ class EngineCore(Loop):
                 assert thread.context is not None
                 room = self.cache.tail_room(thread.context)
                 # What a fork carried ends with a segment.
-                wanted = thread.num_carried or len(thread.pending)
+                wanted = thread.num_to_seal or len(thread.pending)
                 counts.append(min(wanted, self.config.prefill_chunk, room))
             self.scheduler.claim(group, counts)
             by_id = {thread.id: count for thread, count in zip(group, counts, strict=True)}

@@ -284,9 +284,9 @@ class Loop(ThreadTree):
         context = thread.context
         assert context is not None
         self.cache.advance(context, token_ids)
-        if thread.num_carried and token_ids:
-            thread.num_carried -= len(token_ids)
-            if thread.num_carried == 0:
+        if thread.num_to_seal and token_ids:
+            thread.num_to_seal -= len(token_ids)
+            if thread.num_to_seal == 0:
                 (self.cache.mark if thread.marks else self.cache.seal)(context)
                 thread.marks = False
         counters = thread.family.counters

@@ -163,8 +163,8 @@ class Scheduler:
         else:
             # The last sampled token is fed only if it is a stop that is drained.
             wanted = min(self.config.steps_per_dispatch, unfed + thread.budget)
-        if thread.num_carried:
-            wanted = min(wanted, thread.num_carried)  # then the tail is sealed
+        if thread.num_to_seal:
+            wanted = min(wanted, thread.num_to_seal)  # then the tail is sealed
         granted = self.reserve(work, thread, min(wanted, self._room_in_window(thread)))
         if granted:
             (work.prefill if prefills else work.decode)[thread.id] = granted

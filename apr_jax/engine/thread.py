@@ -98,8 +98,8 @@ class Thread:
       context: what the thread attends to; None once released.
       joins: this thread's joins, in order.
       carried: of a parent: the tokens that its fork left without keys and put before every child's.
-      num_carried: of a child: how many of those it has still to feed; they become a segment of their own, so that
-        a join can count them once.
+      num_to_seal: how many tokens the thread feeds before its tail is sealed: of a child, those that the fork
+        carried, so that a join can count them once; of a marked thread, the marker.
       marks: what follows the thread's last token is its conclusion; the cache is told when that token has keys.
     """
 
@@ -121,7 +121,7 @@ class Thread:
     stop: Stop | None = None
     slot: int | None = None
     carried: list[int] = dataclasses.field(default_factory=list)
-    num_carried: int = 0
+    num_to_seal: int = 0
     marks: bool = False
     num_forks: int = 0
     num_sampled: int = 0  # over the thread's whole life; what the random keys count
