@@ -34,7 +34,7 @@ def get_config() -> config_dict.ConfigDict:
         muon_learning_rate=0.03,
         final_share=0.01,
         warmup_steps=100,
-        num_steps=4600,
+        num_steps=5100,
         beta2=0.98,
         weight_decay=0.01,
         clip_norm=1.0,
