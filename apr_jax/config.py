@@ -110,7 +110,7 @@ class EngineConfig:
     prefill_chunk: int = 256  # tokens of one row a prefill dispatch may feed
     prefill_rows: int = 4  # rows of a prefill dispatch
     max_tail_pages: int = 32  # M: a longer tail is sealed and a new one begun
-    item_pages: int = 8  # C
+    item_pages: int = 16  # C
     max_partials: int = 64  # P
     min_shared_tokens: int = 32  # a shared run shorter than this is read privately
     max_family_pages: int | None = None  # None: the pool's size

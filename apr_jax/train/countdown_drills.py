@@ -1,6 +1,6 @@
 """Drills: rounds of the Countdown format with many matches, to teach that a value is among four others.
 
-In whole traces one value in about sixty matches. A drill is a row of unrelated rounds, half of them with a match;
+In whole traces one value in about sixty matches. A drill is a row of unrelated rounds, about half of them with a match;
 operands are given, slots and marks are learned.
 """
 
@@ -20,9 +20,12 @@ def draw_drill(rng: np.random.Generator) -> Trace:
     for _ in range(NUM_ROUNDS):
         pair = (int(rng.integers(1, 100)), int(rng.integers(1, 100 if rng.random() < 0.7 else 13)))
         kind = rng.random()
-        if kind < 0.5:
+        if kind < 0.4:
             target, number = _partner(rng, pair)
-        elif kind < 0.7:  # what the round before made does not count
+        elif kind < 0.7:  # almost a match
+            target, number = _partner(rng, pair)
+            target = min(MAX_VALUE, max(0, target + int(rng.choice([-3, -2, -1, 1, 2, 3]))))
+        elif kind < 0.8:  # what the round before made does not count
             target, number = _partner(rng, earlier)
         else:
             target, number = int(rng.integers(0, MAX_VALUE + 1)), int(rng.integers(1, 100))
