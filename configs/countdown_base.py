@@ -23,7 +23,7 @@ def get_config() -> config_dict.ConfigDict:
         keep_easy=0.5,
         parallel_share=0.5,
         conclusion_share=0.25,
-        drill_share=0.2,
+        drill_share=0.5,
         num_drilled=60_000,
     )
     # row length -> rows a step: 4,096 tokens, nine in ten of them learned from
