@@ -3,7 +3,6 @@
 Knows token ids only; what they mean is for programs. `engine.py` adds how threads fork and join.
 """
 
-import logging
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -28,8 +27,6 @@ from apr_jax.engine.tree import ThreadTree
 from apr_jax.models.decoder import Decoder
 from apr_jax.tokenizers import Tokenizer
 from apr_jax.types import SamplingParams
-
-logger = logging.getLogger(__name__)
 
 
 class Loop(ThreadTree):
