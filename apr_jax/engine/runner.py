@@ -174,7 +174,7 @@ class Runner:
 
     def _forward(self, params, pages, plan, tail_len, tokens, positions, num_queries):
         decoder = nnx.merge(self._graph, params)
-        attend = make_attend(plan, tail_len, num_queries)
+        attend = make_attend(plan, tail_len, num_queries, tokens.shape[1], pages[0])
 
         def one_thread(tokens, positions):
             return decoder(tokens, positions, pages, attend)

@@ -63,6 +63,7 @@ class Decoder(nnx.Module):
         with jax.named_scope("embed"):
             x = jnp.take(self.embedding[...], tokens, axis=0, mode="clip")
             table = rope_table(self.config.rope, self.config.head_dim, positions, accumulation_dtype(self.dtype))
+            table = jax.lax.optimization_barrier(table)  # or XLA computes the cosines again in every layer
         new_caches = []
         for layer_idx, (layer, cache) in enumerate(zip(self.layers, caches, strict=True)):
             with jax.named_scope(f"layer_{layer_idx}"):

@@ -20,7 +20,22 @@ def check_call(kv_pages: KVPages, plan: Plan, tail_len, num_queries, num_rows: i
         raise ValueError(f"pages of format {kv_pages.format!r}: the plain-JAX kernels know 'head_major' only")
 
 
-def kv_update(kv_pages: KVPages, k, v, plan: Plan, tail_len, num_queries) -> KVPages:
+def prepare(plan: Plan, tail_len, num_queries, num_tokens: int, kv_pages: KVPages):
+    """What the update derives from the plan and the lengths, for all layers of a step at once.
+
+    Args:
+      num_tokens: T.
+      kv_pages: the pages of any layer; only their sizes are used.
+
+    Returns:
+      A pytree of arrays, opaque, to be handed to `kv_update` with the same arguments.
+    """
+    with jax.named_scope("prepare_update"):
+        plan, tail_len, num_queries = jax.tree.map(jnp.asarray, (plan, tail_len, num_queries))
+        return reference.prepare(plan, tail_len, num_queries, num_tokens, kv_pages.page_size, kv_pages.num_pages)
+
+
+def kv_update(kv_pages: KVPages, k, v, plan: Plan, tail_len, num_queries, prepared=None) -> KVPages:
     """Appends each row's new keys and values to the tail of the slot it serves.
 
     Token t of row r becomes token tail_len[slot] + t of the tail of slot plan.row_slot[r]. Tokens t >=
@@ -34,6 +49,7 @@ def kv_update(kv_pages: KVPages, k, v, plan: Plan, tail_len, num_queries) -> KVP
       plan: the step's plan; `row_slot` and `tail_pages` are used.
       tail_len: i32[S] tokens with keys in each tail before this call.
       num_queries: i32[R] valid tokens of each row, at most T.
+      prepared: what `prepare` returned for this step; None: it is called here.
 
     Raises:
       ValueError: shapes or dtypes that do not fit together.
@@ -43,6 +59,7 @@ def kv_update(kv_pages: KVPages, k, v, plan: Plan, tail_len, num_queries) -> KVP
         if array.ndim != 4 or array.shape != expected:
             raise ValueError(f"{name} has shape {array.shape}, must be {expected}")
     check_call(kv_pages, plan, tail_len, num_queries, k.shape[0])
-    k, v, plan, tail_len, num_queries = jax.tree.map(jnp.asarray, (k, v, plan, tail_len, num_queries))
+    if prepared is None:
+        prepared = prepare(plan, tail_len, num_queries, k.shape[1], kv_pages)
     with jax.named_scope("kv_update"):
-        return reference.kv_update(kv_pages, k, v, plan, tail_len, num_queries)
+        return reference.kv_update(kv_pages, jnp.asarray(k), jnp.asarray(v), prepared)

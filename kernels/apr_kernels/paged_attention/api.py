@@ -9,7 +9,18 @@ from apr_kernels.paged_attention import reference
 from apr_kernels.plan import Plan
 
 
-def paged_attention(q, kv_pages: KVPages, plan: Plan, tail_len, num_queries):
+def prepare(plan: Plan, tail_len, num_queries, page_size: int):
+    """What attention derives from the plan and the lengths, for all layers of a step at once.
+
+    Returns:
+      A pytree of arrays, opaque, to be handed to `paged_attention` with the same arguments.
+    """
+    with jax.named_scope("prepare_attention"):
+        plan, tail_len, num_queries = jax.tree.map(jnp.asarray, (plan, tail_len, num_queries))
+        return reference.prepare(plan, tail_len, num_queries, page_size)
+
+
+def paged_attention(q, kv_pages: KVPages, plan: Plan, tail_len, num_queries, prepared=None):
     """Attends, scaling by D ** -0.5. Call it after `kv_update`, with the same tail_len.
 
     Query t of a row sees all valid tokens of the items the row reads, and of its own tail those with index
@@ -21,6 +32,7 @@ def paged_attention(q, kv_pages: KVPages, plan: Plan, tail_len, num_queries):
       plan: the step's plan.
       tail_len: i32[S] tokens with keys in each tail before this step.
       num_queries: i32[R] valid queries of each row, at most T.
+      prepared: what `prepare` returned for this step; None: it is called here.
 
     Returns:
       o: [R, T, H, D] in q's dtype; 0 for queries beyond num_queries and for those that see nothing.
@@ -36,6 +48,7 @@ def paged_attention(q, kv_pages: KVPages, plan: Plan, tail_len, num_queries):
     if q.shape[2] % kv_pages.num_kv_heads:
         raise ValueError(f"q has {q.shape[2]} heads, must be a multiple of {kv_pages.num_kv_heads} KV heads")
     check_call(kv_pages, plan, tail_len, num_queries, q.shape[0])
-    q, plan, tail_len, num_queries = jax.tree.map(jnp.asarray, (q, plan, tail_len, num_queries))
+    if prepared is None:
+        prepared = prepare(plan, tail_len, num_queries, kv_pages.page_size)
     with jax.named_scope("paged_attention"):
-        return reference.paged_attention(q, kv_pages, plan, tail_len, num_queries)
+        return reference.paged_attention(jnp.asarray(q), kv_pages, prepared, jnp.asarray(num_queries))

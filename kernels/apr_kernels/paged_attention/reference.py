@@ -5,9 +5,9 @@ CHUNK_TOKENS tokens; those with anything to see go in blocks, each chunk against
 Both loops run over what is used only. A row has one running softmax state over all that it reads, so partial
 results never leave the loop and the plan's partials are not needed here.
 
-What is derived from the plan alone is computed outside the loops: it is the same for every layer, and XLA
-keeps one. Pages without valid tokens are replaced by one that has some, as masking the values themselves (0 x
-NaN is NaN) would cost as much as reading them.
+What is derived from the plan and the lengths is the same for every layer; `prepare` computes it once a step.
+Pages without valid tokens are replaced by one that has some, as masking the values themselves (0 x NaN is NaN)
+would cost as much as reading them.
 
 Letters: R rows, T queries a row, H heads, K KV heads, G = H / K, D head dim, P positions a page, C pages an
 item, L tokens an item or chunk, B chunks a block.
@@ -33,8 +33,22 @@ class _State(NamedTuple):
     o: jax.Array
 
 
+class _Shared(NamedTuple):
+    """Shared items.
+
+    Attributes:
+      pages: [n, C] safe to read. fills: [n, C]. rows: [n, 2].
+      count: [] how many are used; they come first.
+    """
+
+    pages: jax.Array
+    fills: jax.Array
+    rows: jax.Array
+    count: jax.Array
+
+
 class _Chunks(NamedTuple):
-    """Private chunks, those with anything to see first.
+    """Private chunks, those with anything to see first, padded to whole blocks of B.
 
     Attributes:
       reader: [n] the row, R where nothing is to be seen.
@@ -49,7 +63,22 @@ class _Chunks(NamedTuple):
     growth: jax.Array
 
 
-def paged_attention(q, kv_pages: KVPages, plan: Plan, tail_len, num_queries):
+class Prepared(NamedTuple):
+    """What all layers of a step have in common. None where the plan has no room for such items."""
+
+    shared: _Shared | None
+    private: _Chunks | None
+
+
+def prepare(plan: Plan, tail_len, num_queries, page_size: int) -> Prepared:
+    """See `apr_kernels.paged_attention.api.prepare`."""
+    return Prepared(
+        _prepare_shared(plan) if plan.num_shared else None,
+        _prepare_private(plan, tail_len, num_queries, page_size) if plan.num_items > plan.num_shared else None,
+    )
+
+
+def paged_attention(q, kv_pages: KVPages, prepared: Prepared, num_queries):
     """See `apr_kernels.paged_attention.api.paged_attention`."""
     num_rows, num_tokens, num_heads, head_dim = q.shape
     num_kv_heads = kv_pages.num_kv_heads
@@ -59,8 +88,11 @@ def paged_attention(q, kv_pages: KVPages, plan: Plan, tail_len, num_queries):
     q_heads = q_heads.transpose(2, 0, 1, 3, 4)  # [K, R, T, G, D]
     shape = q_heads.shape[:-1]
     state = _State(jnp.full(shape, -jnp.inf, dtype), jnp.zeros(shape, dtype), jnp.zeros(q_heads.shape, dtype))
-    state = _shared_items(state, q_heads, kv_pages, plan)
-    m, l, o = _private_chunks(state, q_heads, kv_pages, _cut_private(kv_pages, plan, tail_len, num_queries))
+    if prepared.shared is not None:
+        state = _shared_items(state, q_heads, kv_pages, prepared.shared)
+    if prepared.private is not None:
+        state = _private_chunks(state, q_heads, kv_pages, prepared.private)
+    m, l, o = state
     sees = (jnp.arange(num_tokens) < num_queries[:, None])[None, :, :, None] & (l > 0)
     o = jnp.where(sees[..., None], o / jnp.where(sees, l, 1)[..., None], 0)
     lse = jnp.where(sees, m + jnp.log(jnp.where(sees, l, 1)), -jnp.inf)
@@ -92,14 +124,16 @@ def _gather(pages, page_ids, dtype):
     return rows.reshape(num_kv_heads, *page_ids.shape[:-1], -1, head_dim).astype(dtype)
 
 
-def _shared_items(state: _State, q, kv_pages: KVPages, plan: Plan) -> _State:
-    if plan.num_shared == 0:
-        return state
+def _prepare_shared(plan: Plan) -> _Shared:
+    rows, fills = plan.rows[: plan.num_shared], plan.fills[: plan.num_shared]
+    used = (rows[:, 0] < rows[:, 1]) & (fills > 0).any(-1)
+    return _Shared(_readable(plan.pages[: plan.num_shared], fills > 0), fills, rows, jnp.sum(used))
+
+
+def _shared_items(state: _State, q, kv_pages: KVPages, shared: _Shared) -> _State:
     num_kv_heads, num_rows = q.shape[:2]
     flat_q = q.reshape(num_kv_heads, -1, q.shape[-1])  # [K, R * T * G, D]
-    rows, fills = plan.rows[: plan.num_shared], plan.fills[: plan.num_shared]
-    pages = _readable(plan.pages[: plan.num_shared], fills > 0)
-    used = jnp.sum((rows[:, 0] < rows[:, 1]) & (fills > 0).any(-1))
+    pages, fills, rows, count = shared
     row = jnp.arange(num_rows)
 
     def item(w, state: _State) -> _State:
@@ -115,12 +149,19 @@ def _shared_items(state: _State, q, kv_pages: KVPages, plan: Plan) -> _State:
         out = _dot("knl,kld->knd", weights.reshape(*flat_q.shape[:-1], -1), values)
         return _State(m, state.l * shrink + weights.sum(-1), state.o * shrink[..., None] + out.reshape(q.shape))
 
-    return lax.fori_loop(0, used, item, state)
+    return lax.fori_loop(0, count, item, state)
 
 
-def _cut_private(kv_pages: KVPages, plan: Plan, tail_len, num_queries) -> _Chunks:
-    num_rows, page_size, item_pages = plan.num_rows, kv_pages.page_size, plan.item_pages
-    size = max(c for c in range(1, item_pages + 1) if item_pages % c == 0 and (c == 1 or c * page_size <= CHUNK_TOKENS))
+def _block_size(num_rows: int, num_chunks: int) -> int:
+    """Chunks a loop iteration takes: about one a row, as more are partly idle and fewer do not fill a product."""
+    return min(max(num_rows, 4), num_chunks)
+
+
+def _prepare_private(plan: Plan, tail_len, num_queries, page_size: int) -> _Chunks:
+    num_rows, item_pages = plan.num_rows, plan.item_pages
+    chunk_pages = max(
+        c for c in range(1, item_pages + 1) if item_pages % c == 0 and (c == 1 or c * page_size <= CHUNK_TOKENS)
+    )
     rows, pages = plan.rows[plan.num_shared :], plan.pages[plan.num_shared :]
     tail_slot, tail_offset = plan.tail_slot[plan.num_shared :], plan.tail_offset[plan.num_shared :]
     is_tail, reader = tail_slot >= 0, rows[:, 0]
@@ -135,8 +176,8 @@ def _cut_private(kv_pages: KVPages, plan: Plan, tail_len, num_queries) -> _Chunk
 
     def cut(array):
         if array.ndim == 1:
-            return jnp.repeat(array, item_pages // size)
-        return array.reshape(-1, size)
+            return jnp.repeat(array, item_pages // chunk_pages)
+        return array.reshape(-1, chunk_pages)
 
     has_tokens = cut(has_tokens)
     used = has_tokens.any(-1)
@@ -146,19 +187,18 @@ def _cut_private(kv_pages: KVPages, plan: Plan, tail_len, num_queries) -> _Chunk
         limit=cut(limit),
         growth=cut(growth),
     )
-    order = jnp.argsort(~used, stable=True)
-    return jax.tree.map(lambda array: array[order], chunks)
+    total = used.shape[0]
+    size = total + -total % _block_size(num_rows, total)
+    # Used chunks move to the front; the others, and the padding, read nothing.
+    order = jnp.full(size, total).at[jnp.where(used, jnp.cumsum(used) - 1, size)].set(jnp.arange(total), mode="drop")
+    fill = _Chunks(num_rows, NULL_PAGE, 0, 0)
+    return jax.tree.map(lambda array, value: array.at[order].get(mode="fill", fill_value=value), chunks, fill)
 
 
 def _private_chunks(state: _State, q, kv_pages: KVPages, chunks: _Chunks) -> _State:
     num_kv_heads, num_rows, num_tokens = q.shape[:3]
-    total = chunks.reader.shape[0]
-    if total == 0:
-        return state
-    block = min(2 * num_rows, total)
+    block = _block_size(num_rows, chunks.reader.shape[0])
     num_blocks = (jnp.sum(chunks.reader < num_rows) + block - 1) // block
-    chunks = jax.tree.map(lambda a: jnp.pad(a, [(0, -total % block)] + [(0, 0)] * (a.ndim - 1)), chunks)
-    chunks = chunks._replace(reader=jnp.where(jnp.arange(chunks.reader.shape[0]) < total, chunks.reader, num_rows))
 
     def step(i, state: _State) -> _State:
         part = jax.tree.map(lambda array: lax.dynamic_slice_in_dim(array, i * block, block), chunks)
