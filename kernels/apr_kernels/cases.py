@@ -151,7 +151,7 @@ def build(case: Case, rng: np.random.Generator, dtype=np.float32) -> CaseData:
     return CaseData(
         case=case,
         kv_pages=KVPages(
-            jnp.asarray(layout.k), jnp.asarray(layout.v), case.page_size, case.num_kv_heads, case.head_dim
+            jnp.asarray(layout.k), jnp.asarray(layout.v), None, None, case.page_size, case.num_kv_heads, case.head_dim
         ),
         plan=plan,
         q=rng.normal(size=(*new[:2], case.num_heads, case.head_dim)).astype(dtype),

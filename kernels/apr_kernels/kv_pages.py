@@ -1,21 +1,29 @@
 """The page store of one layer.
 
 Letters: N pages (page 0 is the null page: reads of it are masked, nothing is written to it), P token
-positions a page, K KV heads, D head dim.
+positions a page, K KV heads, D head dim, L lanes: the width of a stored token, at least D.
 """
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 NULL_PAGE = 0
+LANES = 128  # of a TPU register; a narrower minor dimension makes XLA's TPU compiler copy the store
+
+HEAD_MAJOR = "head_major"
+LANE_PADDED = "lane_padded"
+LANE_PACKED = "lane_packed"
+FORMATS = (HEAD_MAJOR, LANE_PADDED, LANE_PACKED)
+QUANTISED = ("int8", "float8_e4m3fn")
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("k", "v"),
+    data_fields=("k", "v", "k_scale", "v_scale"),
     meta_fields=("page_size", "num_kv_heads", "head_dim", "format"),
 )
 @dataclasses.dataclass(frozen=True)
@@ -23,22 +31,29 @@ class KVPages:
     """Keys and values of one layer, by page. Opaque to everything outside this package; donated at every
     entry.
 
+    Heads lead in all formats, so that a page of a head is contiguous and a gather of pages is already the
+    batched operand of both matrix products. "head_major" stores D lanes a token; "lane_padded" rounds D up to
+    a multiple of 128, the rest being zeros; "lane_packed" keeps the value beside the key, 2 D lanes that are
+    a multiple of 128.
+
     Attributes:
-      k: [K, N, P, D] rotated keys.
-      v: [K, N, P, D] values.
+      k: [K, N, P, L] rotated keys; key and value in "lane_packed".
+      v: [K, N, P, L] values; None in "lane_packed".
+      k_scale, v_scale: f32[K, N, P] what a stored token's numbers are multiplied with; None unless quantised.
       page_size: P.
       num_kv_heads: K.
       head_dim: D.
-      format: the name of the layout; "head_major" is the one of the plain-JAX kernels. Heads lead, so that a
-        gather of pages is already the batched operand of both matrix products, with no transpose.
+      format: one of FORMATS.
     """
 
-    k: jax.Array
-    v: jax.Array
+    k: Any
+    v: Any
+    k_scale: Any
+    v_scale: Any
     page_size: int
     num_kv_heads: int
     head_dim: int
-    format: str = "head_major"
+    format: str = HEAD_MAJOR
 
     @property
     def num_pages(self) -> int:
@@ -51,15 +66,21 @@ class KVPages:
 
     @property
     def bytes(self) -> int:
-        """Bytes of keys and values together."""
-        return 2 * self.k.size * self.k.dtype.itemsize
+        """Bytes of keys, values and scales together."""
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
 
 
-def make_kv_pages(num_pages: int, page_size: int, num_kv_heads: int, head_dim: int, dtype) -> KVPages:
+def make_kv_pages(
+    num_pages: int, page_size: int, num_kv_heads: int, head_dim: int, dtype, format: str = HEAD_MAJOR
+) -> KVPages:
     """Returns a zeroed store of num_pages pages, the null page among them.
 
+    Args:
+      dtype: a floating type, or int8 or float8_e4m3fn, which come with a scale a token and head.
+
     Raises:
-      ValueError: a size below 1, fewer than 2 pages, or a dtype that is not floating.
+      ValueError: a size below 1, fewer than 2 pages, a dtype or format that is not known, or a head_dim that
+        cannot be packed.
     """
     sizes = {"page_size": page_size, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
     for name, size in sizes.items():
@@ -67,10 +88,71 @@ def make_kv_pages(num_pages: int, page_size: int, num_kv_heads: int, head_dim: i
             raise ValueError(f"{name} is {size}, must be >= 1")
     if num_pages < 2:
         raise ValueError(f"num_pages is {num_pages}, must be >= 2 (page 0 is the null page)")
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"dtype is {dtype}, must be a floating type")
-    shape = (num_kv_heads, num_pages, page_size, head_dim)
-    return KVPages(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), page_size, num_kv_heads, head_dim)
+    dtype = jnp.dtype(dtype)
+    if not (is_quantised(dtype) or jnp.issubdtype(dtype, jnp.floating)):
+        raise ValueError(f"dtype is {dtype}, must be a floating type or one of {', '.join(QUANTISED)}")
+    shape = (num_kv_heads, num_pages, page_size)
+    width = _width(head_dim, format)
+
+    def zeros():
+        return jnp.zeros((*shape, width), dtype)
+
+    def ones():
+        return jnp.ones(shape, jnp.float32) if is_quantised(dtype) else None
+
+    v = None if format == LANE_PACKED else zeros()
+    return KVPages(zeros(), v, ones(), ones(), page_size, num_kv_heads, head_dim, format)
+
+
+def is_quantised(dtype) -> bool:
+    """Whether pages of this dtype carry scales."""
+    return jnp.dtype(dtype).name in QUANTISED
+
+
+def quantise(x, dtype):
+    """Rounds x: [..., D] to `dtype` with one scale for the last dimension.
+
+    Returns:
+      Numbers [..., D] of `dtype` and scales f32[...], so that their product is about x. The largest number of
+      a token becomes the largest of the dtype (127 or 448).
+    """
+    x = x.astype(jnp.float32)
+    dtype = jnp.dtype(dtype)
+    largest = 127.0 if dtype == jnp.int8 else float(jnp.finfo(dtype).max)
+    scale = jnp.max(jnp.abs(x), axis=-1) / largest
+    scale = jnp.where(scale > 0, scale, 1.0)
+    scaled = jnp.clip(x / scale[..., None], -largest, largest)
+    return (jnp.round(scaled) if dtype == jnp.int8 else scaled).astype(dtype), scale
+
+
+def convert_pages(kv_pages: KVPages, format: str) -> KVPages:
+    """The same tokens in another format; copies everything. For tests and for moving between backends."""
+    k, v = kv_pages.k, kv_pages.v
+    width = kv_pages.head_dim
+    if kv_pages.format == LANE_PACKED:
+        k, v = k[..., :width], k[..., width : 2 * width]
+    else:
+        k, v = k[..., :width], v[..., :width]
+    if format == LANE_PACKED:
+        _width(width, format)
+        k, v = jnp.concatenate([k, v], axis=-1), None
+    else:
+        padding = [(0, 0)] * 3 + [(0, _width(width, format) - width)]
+        k, v = jnp.pad(k, padding), jnp.pad(v, padding)
+    return dataclasses.replace(kv_pages, k=k, v=v, format=format)
+
+
+def _width(head_dim: int, format: str) -> int:
+    """L of a format."""
+    if format == HEAD_MAJOR:
+        return head_dim
+    if format == LANE_PADDED:
+        return -(-head_dim // LANES) * LANES
+    if format == LANE_PACKED:
+        if 2 * head_dim % LANES:
+            raise ValueError(f"head_dim is {head_dim}: key and value cannot be packed, 2 * {head_dim} % {LANES} != 0")
+        return 2 * head_dim
+    raise ValueError(f"format is {format!r}, must be one of {', '.join(FORMATS)}")
 
 
 def read_pages(kv_pages: KVPages, page_ids: jax.Array):
@@ -84,10 +166,9 @@ def read_pages(kv_pages: KVPages, page_ids: jax.Array):
       A pytree of arrays [n, ...], to be handed to `write_pages` unchanged.
     """
     with jax.named_scope("read_pages"):
-        return {
-            name: jnp.moveaxis(jnp.take(pages, page_ids, axis=1, mode="clip"), 1, 0)
-            for name, pages in (("k", kv_pages.k), ("v", kv_pages.v))
-        }
+        return jax.tree.map(
+            lambda pages: jnp.moveaxis(jnp.take(pages, page_ids, axis=1, mode="clip"), 1, 0), _arrays(kv_pages)
+        )
 
 
 def write_pages(kv_pages: KVPages, page_ids: jax.Array, data) -> KVPages:
@@ -100,8 +181,13 @@ def write_pages(kv_pages: KVPages, page_ids: jax.Array, data) -> KVPages:
     """
     with jax.named_scope("write_pages"):
         page_ids = jnp.where(page_ids > NULL_PAGE, page_ids, kv_pages.num_pages)
-        k, v = (
-            pages.at[:, page_ids].set(jnp.moveaxis(data[name], 0, 1).astype(pages.dtype), mode="drop")
-            for name, pages in (("k", kv_pages.k), ("v", kv_pages.v))
+        written = jax.tree.map(
+            lambda pages, new: pages.at[:, page_ids].set(jnp.moveaxis(new, 0, 1).astype(pages.dtype), mode="drop"),
+            _arrays(kv_pages),
+            data,
         )
-        return dataclasses.replace(kv_pages, k=k, v=v)
+        return dataclasses.replace(kv_pages, **written)
+
+
+def _arrays(kv_pages: KVPages) -> dict[str, Any]:
+    return {name: getattr(kv_pages, name) for name in ("k", "v", "k_scale", "v_scale")}

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from apr_kernels.kv_pages import NULL_PAGE, KVPages
+from apr_kernels.kv_pages import NULL_PAGE, KVPages, is_quantised, quantise
 from apr_kernels.plan import Plan
 
 
@@ -47,11 +47,16 @@ def prepare(plan: Plan, tail_len, num_queries, num_tokens: int, page_size: int, 
 def kv_update(kv_pages: KVPages, k, v, prepared: Prepared) -> KVPages:
     """See `apr_kernels.kv_update.api.kv_update`. Rows write to disjoint pages: a scatter's order does not matter."""
     write = _write_tokens if k.shape[1] == 1 else _write_pages
-    return dataclasses.replace(kv_pages, k=write(kv_pages.k, k, prepared), v=write(kv_pages.v, v, prepared))
+    new: dict[str, jax.Array] = {"k": k, "v": v}
+    if is_quantised(kv_pages.dtype):
+        for name in ("k", "v"):
+            new[name], new[f"{name}_scale"] = quantise(new[name], kv_pages.dtype)
+    written = {name: write(getattr(kv_pages, name), each, prepared) for name, each in new.items()}
+    return dataclasses.replace(kv_pages, **written)
 
 
 def _write_tokens(pages, new, prepared: Prepared):
-    """Scatters one token a row, after zeroing the pages that are begun with it."""
+    """Scatters one token a row, new: [R, 1, K, ...], after zeroing the pages: [K, N, P, ...] begun with it."""
     page_ids, slot = prepared.page_ids[:, 0], jnp.argmax(prepared.is_new[:, 0], axis=-1)
 
     def zero(pages):
@@ -63,15 +68,17 @@ def _write_tokens(pages, new, prepared: Prepared):
 
 
 def _write_pages(pages, new, prepared: Prepared):
-    """Reads the touched pages, changes and writes them back whole."""
-    page_size, head_dim = pages.shape[2:]
+    """Reads the touched pages: [K, N, P, ...], changes them to new: [R, T, K, ...] and writes them back whole."""
     num_rows, num_tokens = new.shape[:2]
-    touched = prepared.page_ids.shape[1]
     page_ids = prepared.page_ids.reshape(-1)
-    new = jnp.moveaxis(new, 2, 0).astype(pages.dtype)  # [K, R, T, D]
-    index = jnp.clip(prepared.token, 0, num_tokens - 1).reshape(num_rows, -1)
-    new = jnp.take_along_axis(new, index[None, :, :, None], axis=2).reshape(-1, num_rows, touched, page_size, head_dim)
-    old = jnp.take(pages, page_ids, axis=1, mode="clip").reshape(-1, num_rows, touched, page_size, head_dim)
-    old = jnp.where(prepared.is_new[None, ..., :1, None], 0, old)  # a page that is begun
-    merged = jnp.where(prepared.is_new[None, ..., None], new, old)
-    return pages.at[:, page_ids].set(merged.reshape(-1, num_rows * touched, page_size, head_dim), mode="drop")
+    index = jnp.clip(prepared.token, 0, num_tokens - 1)  # [R, J, P]
+    new = new.astype(pages.dtype)[jnp.arange(num_rows)[:, None, None], index]  # [R, J, P, K, ...]
+    new = jnp.moveaxis(new, 3, 0).reshape(new.shape[3], len(page_ids), *new.shape[2:3], *new.shape[4:])
+
+    def mask(where):
+        """[R, J, P or 1], for arrays [K, R * J, P, ...]."""
+        return where.reshape(1, len(page_ids), -1, *[1] * (new.ndim - 3))
+
+    old = jnp.take(pages, page_ids, axis=1, mode="clip")
+    old = jnp.where(mask(prepared.is_new[..., :1]), jnp.zeros_like(old), old)  # a page that is begun
+    return pages.at[:, page_ids].set(jnp.where(mask(prepared.is_new), new, old), mode="drop")

@@ -3,13 +3,13 @@
 import jax
 import jax.numpy as jnp
 
+from apr_kernels.backends import REFERENCE, implementation
 from apr_kernels.kv_pages import KVPages
 from apr_kernels.kv_update.api import check_call
-from apr_kernels.paged_attention import reference
 from apr_kernels.plan import Plan
 
 
-def prepare(plan: Plan, tail_len, num_queries, page_size: int):
+def prepare(plan: Plan, tail_len, num_queries, page_size: int, *, backend: str = REFERENCE):
     """What attention derives from the plan and the lengths, for all layers of a step at once.
 
     Returns:
@@ -17,10 +17,20 @@ def prepare(plan: Plan, tail_len, num_queries, page_size: int):
     """
     with jax.named_scope("prepare_attention"):
         plan, tail_len, num_queries = jax.tree.map(jnp.asarray, (plan, tail_len, num_queries))
-        return reference.prepare(plan, tail_len, num_queries, page_size)
+        return implementation("paged_attention", backend).prepare(plan, tail_len, num_queries, page_size)
 
 
-def paged_attention(q, kv_pages: KVPages, plan: Plan, tail_len, num_queries, prepared=None):
+def paged_attention(
+    q,
+    kv_pages: KVPages,
+    plan: Plan,
+    tail_len,
+    num_queries,
+    prepared=None,
+    *,
+    backend: str = REFERENCE,
+    interpret: bool = False,
+):
     """Attends, scaling by D ** -0.5. Call it after `kv_update`, with the same tail_len.
 
     Query t of a row sees all valid tokens of the items the row reads, and of its own tail those with index
@@ -32,7 +42,9 @@ def paged_attention(q, kv_pages: KVPages, plan: Plan, tail_len, num_queries, pre
       plan: the step's plan.
       tail_len: i32[S] tokens with keys in each tail before this step.
       num_queries: i32[R] valid queries of each row, at most T.
-      prepared: what `prepare` returned for this step; None: it is called here.
+      prepared: what `prepare` returned for this step with the same backend; None: it is called here.
+      backend: one of `apr_kernels.backends.BACKENDS`; the pages have the format that `format_for` names.
+      interpret: runs a Pallas kernel without its hardware.
 
     Returns:
       o: [R, T, H, D] in q's dtype; 0 for queries beyond num_queries and for those that see nothing.
@@ -47,8 +59,10 @@ def paged_attention(q, kv_pages: KVPages, plan: Plan, tail_len, num_queries, pre
         raise ValueError(f"q has dtype {q.dtype}, must be a floating type")
     if q.shape[2] % kv_pages.num_kv_heads:
         raise ValueError(f"q has {q.shape[2]} heads, must be a multiple of {kv_pages.num_kv_heads} KV heads")
-    check_call(kv_pages, plan, tail_len, num_queries, q.shape[0])
+    check_call(kv_pages, plan, tail_len, num_queries, q.shape[0], backend)
     if prepared is None:
-        prepared = prepare(plan, tail_len, num_queries, kv_pages.page_size)
+        prepared = prepare(plan, tail_len, num_queries, kv_pages.page_size, backend=backend)
     with jax.named_scope("paged_attention"):
-        return reference.paged_attention(jnp.asarray(q), kv_pages, prepared, jnp.asarray(num_queries))
+        call = implementation("paged_attention", backend).paged_attention
+        options = {} if backend == REFERENCE else {"interpret": interpret}
+        return call(jnp.asarray(q), kv_pages, prepared, jnp.asarray(num_queries), **options)

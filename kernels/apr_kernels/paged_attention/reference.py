@@ -116,12 +116,22 @@ def _readable(pages, has_tokens):
     return jnp.where(has_tokens, pages, first)
 
 
-def _gather(pages, page_ids, dtype):
-    """Reads pages [K, N, P, D] at page_ids [..., c]: [K, ..., c * P, D]. Whole pages gather fastest."""
-    num_kv_heads, num_pages, page_size, head_dim = pages.shape
-    head = jnp.arange(num_kv_heads).reshape(-1, *[1] * page_ids.ndim)
-    rows = pages.reshape(-1, page_size * head_dim).at[head * num_pages + page_ids].get(mode="promise_in_bounds")
-    return rows.reshape(num_kv_heads, *page_ids.shape[:-1], -1, head_dim).astype(dtype)
+def _gather(kv_pages: KVPages, page_ids, dtype):
+    """Keys and values of pages page_ids: [..., c]: each [K, ..., c * P, D]."""
+
+    def gather(pages, scale):
+        """Whole pages gather fastest."""
+        num_kv_heads, num_pages, page_size, head_dim = pages.shape
+        head = jnp.arange(num_kv_heads).reshape(-1, *[1] * page_ids.ndim)
+        index = head * num_pages + page_ids
+        found = pages.reshape(-1, page_size * head_dim).at[index].get(mode="promise_in_bounds")
+        found = found.reshape(num_kv_heads, *page_ids.shape[:-1], -1, head_dim).astype(dtype)
+        if scale is None:
+            return found
+        scale = scale.reshape(-1, page_size).at[index].get(mode="promise_in_bounds")
+        return found * scale.reshape(found.shape[:-1])[..., None].astype(dtype)
+
+    return gather(kv_pages.k, kv_pages.k_scale), gather(kv_pages.v, kv_pages.v_scale)
 
 
 def _prepare_shared(plan: Plan) -> _Shared:
@@ -139,7 +149,7 @@ def _shared_items(state: _State, q, kv_pages: KVPages, shared: _Shared) -> _Stat
     def item(w, state: _State) -> _State:
         valid = (jnp.arange(kv_pages.page_size) < fills[w][:, None]).reshape(-1)  # [L]
         reads = (row >= rows[w, 0]) & (row < rows[w, 1])  # [R]
-        keys, values = (_gather(each, pages[w], q.dtype) for each in (kv_pages.k, kv_pages.v))
+        keys, values = _gather(kv_pages, pages[w], q.dtype)
         scores = _dot("knd,kld->knl", flat_q, keys).reshape(*q.shape[:-1], -1)  # [K, R, T, G, L]
         visible = reads[:, None] & valid  # [R, L]
         scores = jnp.where(visible[None, :, None, None, :], scores, -jnp.inf)
@@ -191,8 +201,8 @@ def _prepare_private(plan: Plan, tail_len, num_queries, page_size: int) -> _Chun
     size = total + -total % _block_size(num_rows, total)
     # Used chunks move to the front; the others, and the padding, read nothing.
     order = jnp.full(size, total).at[jnp.where(used, jnp.cumsum(used) - 1, size)].set(jnp.arange(total), mode="drop")
-    fill = _Chunks(num_rows, NULL_PAGE, 0, 0)
-    return jax.tree.map(lambda array, value: array.at[order].get(mode="fill", fill_value=value), chunks, fill)
+    moved = jax.tree.map(lambda array: array.at[order].get(mode="fill", fill_value=NULL_PAGE), chunks)
+    return moved._replace(reader=chunks.reader.at[order].get(mode="fill", fill_value=num_rows))
 
 
 def _private_chunks(state: _State, q, kv_pages: KVPages, chunks: _Chunks) -> _State:
@@ -205,7 +215,7 @@ def _private_chunks(state: _State, q, kv_pages: KVPages, chunks: _Chunks) -> _St
         growth = jnp.minimum(jnp.arange(num_tokens), part.growth[:, None])  # [B, T]
         visible = jnp.arange(kv_pages.page_size) < (part.limit[:, None] + growth[:, :, None])[..., None]
         visible = visible.reshape(block, num_tokens, -1)  # [B, T, L]
-        keys, values = (_gather(each, part.pages, q.dtype) for each in (kv_pages.k, kv_pages.v))  # [K, B, L, D]
+        keys, values = _gather(kv_pages, part.pages, q.dtype)  # [K, B, L, D]
         own_q = q.at[:, part.reader].get(mode="clip").reshape(num_kv_heads, block, -1, q.shape[-1])
         scores = _dot("kbnd,kbld->kbnl", own_q, keys).reshape(num_kv_heads, block, *q.shape[2:-1], -1)
         scores = jnp.where(visible[None, :, :, None, :], scores, -jnp.inf)  # [K, B, T, G, L]

@@ -1,0 +1,3 @@
+"""What each backend of the update supports: all that attention does."""
+
+from apr_kernels.paged_attention.tuning import unsupported as unsupported
