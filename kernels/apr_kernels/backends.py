@@ -12,8 +12,6 @@ import dataclasses
 import importlib
 from typing import Any
 
-import jax
-
 from apr_kernels.kv_pages import HEAD_MAJOR, LANE_PACKED, LANE_PADDED, LANES
 
 REFERENCE, TPU, GPU_HOPPER, GPU_TRITON = "reference", "tpu", "gpu_hopper", "gpu_triton"
@@ -35,8 +33,8 @@ class Target:
     compute_capability: tuple[int, ...] = ()
 
 
-def target_of(device: jax.Device) -> Target:
-    """The target that a device is."""
+def target_of(device: Any) -> Target:
+    """The target that a `jax.Device` is."""
     platform = "cuda" if device.platform == "gpu" else device.platform
     capability = str(getattr(device, "compute_capability", "")) if platform == "cuda" else ""
     return Target(platform, device.device_kind, tuple(int(part) for part in capability.split(".") if part))
