@@ -116,6 +116,9 @@ class EngineConfig:
     max_family_pages: int | None = None  # None: the pool's size
     max_stop_ids: int = 8
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    kv_dtype: Literal["float32", "bfloat16", "float64", "int8", "float8_e4m3fn"] | None = None  # None: dtype
+    attention: Literal["auto", "reference", "pallas"] = "auto"  # auto: Pallas where it runs
+    tensor: int = 1  # devices that heads, MLP and pages are split over
     compile_cache_dir: str | None = None  # None: no persistent compile cache
 
     def __post_init__(self):
@@ -128,5 +131,6 @@ class EngineConfig:
             "item_pages",
             "max_partials",
             "max_stop_ids",
+            "tensor",
         ):
             check(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}, must be >= 1")

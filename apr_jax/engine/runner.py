@@ -5,25 +5,28 @@ compiled loop and one device-to-host fetch, however many steps it takes.
 """
 
 import dataclasses
-import logging
+import functools
 import os
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from apr_kernels.backends import format_for
 from apr_kernels.kv_pages import KVPages, make_kv_pages, read_pages, write_pages
 from apr_kernels.plan import Plan
 from flax import nnx
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from apr_jax.config import CacheConfig, EngineConfig, ModelConfig
-from apr_jax.engine.attend import make_attend
+from apr_jax.engine.attend import Kernels, make_attend
 from apr_jax.engine.batch import PADDING_ID, DecodeBatch, DecodeResult, PrefillBatch
+from apr_jax.engine.kernels import choose_kernels
 from apr_jax.engine.sampler import SamplingState, sample
 from apr_jax.models.decoder import Decoder
-
-logger = logging.getLogger(__name__)
+from apr_jax.models.params import build_decoder, named_params
+from apr_jax.models.sharding import TENSOR, param_sharding
 
 SWAP_PAGES = 32  # pages moved to or from host memory by one launch
 
@@ -62,6 +65,7 @@ class Runner:
 
     Args:
       decoder: its parameters are moved into the runner; change them with `update_params`.
+      kernels: None: chosen by platform and `engine_config`.
     """
 
     def __init__(
@@ -70,6 +74,7 @@ class Runner:
         decoder: Decoder,
         cache_config: CacheConfig,
         engine_config: EngineConfig,
+        kernels: Kernels | None = None,
     ):
         self.config = engine_config
         self.vocab_size = model_config.vocab_size
@@ -80,29 +85,43 @@ class Runner:
             jax.config.update("jax_compilation_cache_dir", engine_config.compile_cache_dir)
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
             jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-        self._graph, self.params = nnx.split(decoder)
-        dtype = jnp.dtype(engine_config.dtype)
-        self.pages = [
-            make_kv_pages(
-                cache_config.num_pages,
-                cache_config.page_size,
-                model_config.num_kv_heads,
-                model_config.head_dim,
-                dtype,
-            )
-            for _ in range(model_config.num_layers)
-        ]
+        self.kernels = kernels or choose_kernels(model_config, cache_config, engine_config)
+        self._model_config, self._mesh = model_config, self.kernels.mesh
+        self.update_params(decoder)
+        self.pages = self._make_pages(cache_config, jnp.dtype(engine_config.kv_dtype or engine_config.dtype))
         # XLA's GPU while loop asks the host at every iteration unless the trip count is known.
         self.early_exit = jax.default_backend() != "gpu"
-        self._prefill = jax.jit(self._prefill_fn, donate_argnums=1)
-        self._decode = jax.jit(self._decode_fn, donate_argnums=1)
-        self._read = jax.jit(self._read_fn)
-        self._write = jax.jit(self._write_fn, donate_argnums=0)
-        logger.info("attention: reference (plain jax.numpy) on %s, %s pages", jax.default_backend(), dtype.name)
+        pages, everywhere = self._sharding(PartitionSpec(TENSOR)), self._sharding(PartitionSpec())
+        self._prefill = jax.jit(self._prefill_fn, donate_argnums=1, out_shardings=pages)
+        self._decode = jax.jit(self._decode_fn, donate_argnums=1, out_shardings=(pages, everywhere))
+        self._read = jax.jit(self._read_fn, out_shardings=everywhere)
+        self._write = jax.jit(self._write_fn, donate_argnums=0, out_shardings=pages)
 
     def update_params(self, decoder: Decoder) -> None:
         """Takes new weights of the same architecture. The caller flushes the prefix cache."""
+        if self._mesh is not None:
+            mesh, params = self._mesh, named_params(decoder)
+            placed = {name: jax.device_put(x, param_sharding(mesh, name, x.shape)) for name, x in params.items()}
+            decoder = build_decoder(decoder.config, decoder.dtype, placed.__getitem__)
         self._graph, self.params = nnx.split(decoder)
+
+    def _sharding(self, spec: PartitionSpec) -> NamedSharding | None:
+        return None if self._mesh is None else NamedSharding(self._mesh, spec)
+
+    def _make_pages(self, cache_config: CacheConfig, dtype) -> list[KVPages]:
+        """One store a layer, made where it stays."""
+        config = self._model_config
+        make = functools.partial(
+            make_kv_pages,
+            cache_config.num_pages,
+            cache_config.page_size,
+            config.num_kv_heads,
+            config.head_dim,
+            dtype,
+            format_for(self.kernels.backend, config.head_dim),
+        )
+        make = jax.jit(make, out_shardings=self._sharding(PartitionSpec(TENSOR)))
+        return [make() for _ in range(config.num_layers)]
 
     # What the host calls.
 
@@ -174,7 +193,7 @@ class Runner:
 
     def _forward(self, params, pages, plan, tail_len, tokens, positions, num_queries):
         decoder = nnx.merge(self._graph, params)
-        attend = make_attend(plan, tail_len, num_queries, tokens.shape[1], pages[0])
+        attend = make_attend(self.kernels, plan, tail_len, num_queries, tokens.shape[1], pages[0])
 
         def one_thread(tokens, positions):
             return decoder(tokens, positions, pages, attend)
@@ -219,6 +238,8 @@ class Runner:
                 num_queries,
             )
             logits = decoder.logits(hidden[:, 0])
+            if self._mesh is not None:  # every device samples the same
+                logits = lax.with_sharding_constraint(logits, self._sharding(PartitionSpec()))
             with jax.named_scope("sample"):
                 sampled, logprobs = sample(logits, sampling, loop.num_sampled, loop.seen)
             num_fed = loop.num_fed + num_queries

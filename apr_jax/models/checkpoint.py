@@ -12,12 +12,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from apr_jax.config import ModelConfig, RopeConfig, check
 from apr_jax.models.atomic import PARTIAL_SUFFIX, new_directory
 from apr_jax.models.decoder import Decoder
 from apr_jax.models.hf import copy_tokenizer, load_hf
 from apr_jax.models.params import build_decoder, named_params, param_shapes
+from apr_jax.models.sharding import check_divisible, make_mesh, param_sharding
 from apr_jax.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
 
 CONFIG_FILE = "model_config.json"
@@ -55,18 +57,19 @@ def save_checkpoint(
         (partial / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def load_checkpoint(path: str | Path, dtype=None) -> tuple[ModelConfig, Decoder, Tokenizer]:
+def load_checkpoint(path: str | Path, dtype=None, tensor: int = 1) -> tuple[ModelConfig, Decoder, Tokenizer]:
     """Model and tokenizer of a preset, a checkpoint directory or a Hugging Face directory.
 
     Args:
       path: a preset's name ("countdown") or a directory.
       dtype: of the decoder; None keeps the stored one.
+      tensor: how many devices the weights are split over, see `sharding`.
 
     Raises:
-      ValueError: it is none of these, or damaged, or the tokenizer does not fit the model.
+      ValueError: it is none of these, or damaged, or the tokenizer does not fit the model, or it cannot be split.
     """
     directory = checkpoint_directory(path)
-    decoder = load_decoder(directory, dtype)
+    decoder = load_decoder(directory, dtype, make_mesh(tensor))
     tokenizer = load_tokenizer(directory)
     check(
         tokenizer.vocab_size <= decoder.config.vocab_size,
@@ -75,12 +78,12 @@ def load_checkpoint(path: str | Path, dtype=None) -> tuple[ModelConfig, Decoder,
     return decoder.config, decoder, tokenizer
 
 
-def load_decoder(path: str | Path, dtype=None) -> Decoder:
+def load_decoder(path: str | Path, dtype=None, mesh: Mesh | None = None) -> Decoder:
     """The model of `load_checkpoint`, without its tokenizer."""
     directory = checkpoint_directory(path)
     if (directory / CONFIG_FILE).is_file():
-        return _load_own(directory, dtype)
-    return load_hf(directory, dtype)
+        return _load_own(directory, dtype, mesh)
+    return load_hf(directory, dtype, mesh)
 
 
 def checkpoint_directory(path: str | Path) -> Path:
@@ -108,11 +111,13 @@ def preset_names() -> list[str]:
     return sorted(path.parent.name for path in _ASSETS.glob("*/config.json"))
 
 
-def _load_own(directory: Path, dtype) -> Decoder:
+def _load_own(directory: Path, dtype, mesh: Mesh | None) -> Decoder:
     import orbax.checkpoint as ocp
 
     config, stored_dtype = _read_config(directory / CONFIG_FILE)
     dtype = jnp.dtype(stored_dtype if dtype is None else dtype)
+    if mesh is not None:
+        check_divisible(config, mesh.size)
     expected = param_shapes(config, dtype)
     path = (directory / PARAMS_DIR).absolute()
     with ocp.StandardCheckpointer() as checkpointer:
@@ -121,8 +126,13 @@ def _load_own(directory: Path, dtype) -> Decoder:
         except Exception as error:  # orbax raises what its storage raises
             raise ValueError(f"{path} is no orbax checkpoint: {' '.join(str(error).split())}") from error
         _check_params(path, {name: tuple(array.shape) for name, array in found.items()}, expected)
-        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        target = {name: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding) for name, s in expected.items()}
+        one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        target = {
+            name: jax.ShapeDtypeStruct(
+                s.shape, s.dtype, sharding=one if mesh is None else param_sharding(mesh, name, s.shape)
+            )
+            for name, s in expected.items()
+        }
         try:
             params = checkpointer.restore(path, target)
         except Exception as error:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from apr_jax.config import ModelConfig, check
 from apr_jax.models.atomic import new_directory
@@ -13,6 +14,7 @@ from apr_jax.models.decoder import Decoder
 from apr_jax.models.hf_config import model_config_from_hf, model_config_to_hf
 from apr_jax.models.hf_weights import TensorFiles, check_tensors, read_param, write_tensors
 from apr_jax.models.params import build_decoder, named_params, param_shapes
+from apr_jax.models.sharding import check_divisible
 from apr_jax.tokenizers import TOKENIZER_FILES, ByteTokenizer
 
 
@@ -21,12 +23,13 @@ def load_hf_config(directory: str | Path) -> ModelConfig:
     return model_config_from_hf(*_read_configs(Path(directory)))
 
 
-def load_hf(directory: str | Path, dtype=None) -> Decoder:
+def load_hf(directory: str | Path, dtype=None, mesh: Mesh | None = None) -> Decoder:
     """A decoder with the weights of a Hugging Face directory.
 
     Args:
       directory: with config.json and model.safetensors, or shards and their index.
       dtype: of the decoder; None keeps the dtype that the embedding is stored in.
+      mesh: weights go straight to their shards on it, see `sharding`; None: to one device.
 
     Raises:
       ValueError: a file is missing or damaged, the architecture is not supported, or a tensor is missing,
@@ -34,6 +37,8 @@ def load_hf(directory: str | Path, dtype=None) -> Decoder:
     """
     directory = Path(directory)
     config = load_hf_config(directory)
+    if mesh is not None:
+        check_divisible(config, mesh.size)
     files = TensorFiles(directory)
     if dtype is None:
         dtype = files.stored.get("model.embed_tokens.weight", ("float32",))[0]
@@ -42,7 +47,7 @@ def load_hf(directory: str | Path, dtype=None) -> Decoder:
         check_tensors(files, param_shapes(config, dtype))
     except ValueError as error:
         raise ValueError(f"{directory}: {error}") from None
-    return build_decoder(config, dtype, lambda name: read_param(files, name, dtype))
+    return build_decoder(config, dtype, lambda name: read_param(files, name, dtype, mesh))
 
 
 def export_hf(

@@ -10,8 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
+from jax.sharding import Mesh
 
 from apr_jax.config import check
+from apr_jax.models.sharding import param_sharding
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -118,10 +120,14 @@ def check_tensors(files: TensorFiles, shapes: dict[str, jax.ShapeDtypeStruct]) -
     check(not problems, f"{problems[0] if problems else ''}{more}")
 
 
-def read_param(files: TensorFiles, name: str, dtype) -> jax.Array:
-    """One parameter in our layout."""
-    array = jnp.asarray(files.read(hf_name(name)))
-    return (array.T if is_transposed(name) else array).astype(dtype)
+def read_param(files: TensorFiles, name: str, dtype, mesh: Mesh | None = None) -> jax.Array:
+    """One parameter in our layout; on a mesh each device gets its shard only."""
+    if mesh is None:
+        array = jnp.asarray(files.read(hf_name(name)))
+        return (array.T if is_transposed(name) else array).astype(dtype)
+    host = files.read(hf_name(name))
+    host = (host.T if is_transposed(name) else host).astype(dtype)
+    return jax.device_put(host, param_sharding(mesh, name, host.shape))
 
 
 def write_tensors(params: dict[str, jax.Array], directory: Path, max_shard_bytes: int) -> None:

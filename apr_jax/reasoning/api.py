@@ -43,7 +43,9 @@ class Engine(EngineCore):
         """
         from apr_jax.models.checkpoint import load_checkpoint
 
-        model_config, decoder, tokenizer = load_checkpoint(path, dtype=dtype)
+        model_config, decoder, tokenizer = load_checkpoint(
+            path, dtype=dtype, tensor=(engine_config or EngineConfig()).tensor
+        )
         config = dataclasses.replace(engine_config or EngineConfig(), dtype=str(decoder.dtype))
         return cls(
             model_config,

@@ -1,0 +1,65 @@
+"""Eight devices say what one says. In a process of its own, as the number of virtual devices is set at start."""
+
+import json
+import os
+import subprocess
+import sys
+
+PROGRAM = """
+import json, sys
+import jax
+jax.config.update("jax_enable_x64", True)
+from apr_jax import SamplingParams
+from apr_jax.config import CacheConfig, EngineConfig
+from apr_jax.engine.engine import EngineCore
+from apr_jax.testing.tiny import byte_tokenizer, tiny_config, tiny_decoder
+import jax.numpy as jnp
+
+def say(tensor, kv_dtype):
+    config = tiny_config(num_heads=16, num_kv_heads=8, d_ff=128, vocab_size=320, qkv_bias=True,
+                         tie_embeddings=tensor_tied)
+    decoder = tiny_decoder(config, dtype=jnp.float64)
+    engine = EngineCore(config, decoder, byte_tokenizer(), cache_config=CacheConfig(page_size=4, num_pages=64),
+                        engine_config=EngineConfig(dtype="float64", kv_dtype=kv_dtype, tensor=tensor, max_threads=8,
+                                                   min_shared_tokens=8, prefill_chunk=16, steps_per_dispatch=4))
+    greedy = SamplingParams(max_new_tokens=9, ignore_eos=True)
+    root = engine.submit(list(range(30, 51)), sampling=greedy)
+    engine.run()
+    drawn = SamplingParams(max_new_tokens=7, temperature=1.0, top_p=0.9, seed=3, ignore_eos=True)
+    kids = engine.fork(root, [[7], [8], [9, 10]], sampling=drawn)
+    engine.run()
+    engine.join(root, kids, mode="stitch", tokens=[11, 12], sampling=greedy)
+    engine.run()
+    layer = engine.runner.pages[0].k
+    assert len(layer.sharding.device_set) == tensor, layer.sharding
+    assert {s.data.shape[0] for s in layer.addressable_shards} == {8 // tensor}
+    return [thread.token_ids for thread in (root, *kids)]
+
+out = {}
+for tensor_tied in (False, True):
+    for kv_dtype in (None, "int8"):
+        out[f"{tensor_tied} {kv_dtype}"] = [say(tensor, kv_dtype) for tensor in (1, 2, 8)]
+print(json.dumps(out))
+"""
+
+
+def _run(program: str) -> subprocess.CompletedProcess:
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    return subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=600)
+
+
+def test_many_devices_say_what_one_says():
+    done = _run(PROGRAM)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name, (one, two, eight) in json.loads(done.stdout.splitlines()[-1]).items():
+        assert len(one[0]) == 9 + 2 + 9, name
+        assert two == one, name
+        assert eight == one, name
+
+
+def test_what_cannot_be_split_is_refused():
+    done = _run(
+        PROGRAM.split("out = {}")[0].replace("num_kv_heads=8", "num_kv_heads=4") + "tensor_tied = True; say(8, None)"
+    )
+    assert done.returncode != 0
+    assert "tensor is 8, it must divide num_kv_heads = 4" in done.stderr
