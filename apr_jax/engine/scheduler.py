@@ -1,28 +1,14 @@
-"""Who runs next: admission, page reservations, preemption. Knows threads, pages and budgets, never what tokens mean.
-
-Only RUNNING threads hold a slot, and all segments of a running thread are on the device. Everything else may be in
-host memory: a segment that no running thread reads can be copied out, keeps its identity, and comes back once for
-all its readers.
-
-When pages run out for a thread, room is made in this order, until it fits:
-  1. the youngest younger family gives up everything, then the next;
-  2. older families of which no thread wants to run give up their segments;
-  3. if an older family wants to run, the thread's own family steps back whole;
-  4. else the family is the oldest: its other threads give up what only they read, the youngest first;
-  5. the thread stops with reason `pages`.
-So the oldest family that wants to run always does, and nothing waits for ever.
-"""
+"""Who runs next: admission, slots, page reservations. Knows threads, pages and budgets, never what tokens mean."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 
 from apr_jax.cache.cache import KVCache
 from apr_jax.cache.context import Segment
 from apr_jax.config import EngineConfig
-from apr_jax.engine.thread import Family, Status, Stop, Thread
+from apr_jax.engine.preemption import Preemption
+from apr_jax.engine.thread import WANTS_TO_RUN, Family, Status, Stop, Thread
 from apr_jax.types import OutOfPages
-
-WANTS_TO_RUN = (Status.WAITING, Status.RUNNING)
 
 
 @dataclasses.dataclass
@@ -36,12 +22,12 @@ class Work:
     newcomer_waits: bool = False  # for pages
 
 
-class Scheduler:
+class Scheduler(Preemption):
     """Decides what a step runs.
 
     Args:
-      read_pages: page ids -> host data; write_pages: (page ids, data) -> None. The device's side of a preemption.
-      on_preempt: told (family, thread or None for all of it, pages moved, resumed).
+      max_position: the model's context window.
+      read_pages, write_pages, on_preempt: as `Preemption` has them.
     """
 
     def __init__(
@@ -53,22 +39,8 @@ class Scheduler:
         write_pages: Callable,
         on_preempt: Callable[[Family, Thread | None, int, bool], None],
     ):
-        self.config = config
-        self.cache = cache
+        super().__init__(config, cache, read_pages, write_pages, on_preempt)
         self.max_position = max_position
-        self.families: dict[int, Family] = {}
-        self._read_pages = read_pages
-        self._write_pages = write_pages
-        self._on_preempt = on_preempt
-
-    @property
-    def max_family_pages(self) -> int:
-        total = self.cache.pool.total
-        return total if self.config.max_family_pages is None else min(self.config.max_family_pages, total)
-
-    def threads(self, *statuses: Status) -> list[Thread]:
-        """Threads in these states, oldest family first, then oldest thread."""
-        return [t for f in self.families.values() for t in f.threads if t.status in statuses]
 
     # One step.
 
@@ -106,15 +78,15 @@ class Scheduler:
         """Gives the thread a slot and brings its segments to the device; whether it runs now."""
         if thread.status is Status.RUNNING:
             return True
-        if not slots and not self._free_a_slot(thread, slots):
-            return False
         assert thread.context is not None
+        missing = [s for s in thread.context.segments if s.swapped]
+        if not slots and not self._free_a_slot(thread, missing, slots):
+            return False
         if not self._is_started(thread.family):
             # Nobody is preempted for a newcomer, and no later one overtakes it.
             work.newcomer_waits = work.newcomer_waits or not self._fits_beside_others(thread)
             if work.newcomer_waits:
                 return False
-        missing = [s for s in thread.context.segments if s.swapped]
         if missing and not self._has_headroom(thread, missing):
             return False  # it would be moved out again at once
         if missing and not self._bring_back(work, thread):
@@ -123,24 +95,43 @@ class Scheduler:
         thread.status = Status.RUNNING
         return True
 
-    def _free_a_slot(self, thread: Thread, slots: list[int]) -> bool:
-        """A fork's children do not wait for a younger family's end: the youngest running family steps back."""
+    def _free_a_slot(self, thread: Thread, missing: list[Segment], slots: list[int]) -> bool:
+        """A fork's children do not wait for a younger family's end: the youngest running family steps back.
+
+        It stays where it is if the thread could not run all the same, for want of pages.
+        """
         running = self.threads(Status.RUNNING)
         if not running or running[-1].family.id <= thread.family.id or not self._is_started(thread.family):
             return False
         youngest = running[-1].family
+        at_bound = self.family_pages(thread.family) + self._next_page(thread) > self.max_family_pages
+        if at_bound or not self._has_headroom(thread, missing, leaving=youngest):
+            return False
         slots.extend(t.slot for t in running if t.family is youngest and t.slot is not None)
-        self._step_back(youngest)
+        self._step_back(youngest, [thread])
         return True
 
-    def _has_headroom(self, thread: Thread, missing: list[Segment]) -> bool:
-        """Whether, with the missing segments back, everyone running can go on for a dispatch beside this thread."""
+    def _has_headroom(self, thread: Thread, missing: list[Segment], leaving: Family | None = None) -> bool:
+        """Whether there are pages for the thread to run, now or once the family `leaving` has stepped back.
+
+        With missing segments to bring back, everyone else running must be able to go on for a dispatch as well.
+        """
         if not self._older_wants_to_run(thread):
             return True  # room is made for the oldest
         size = self.cache.page_size
-        back = sum(-(-len(s.token_ids) // size) for s in missing)
-        running = len(self.threads(Status.RUNNING)) + 1
-        return back + running * (1 + self.config.steps_per_dispatch // size) <= self.cache.num_available
+        available = self.cache.num_available
+        if leaving is not None:
+            available += self._pages_given_up(leaving, [thread])
+        if not missing:
+            return self._next_page(thread) <= available
+        back = self.cache.num_pages_of(missing)
+        running = 1 + sum(t.family is not leaving for t in self.threads(Status.RUNNING))
+        return back + running * (1 + self.config.steps_per_dispatch // size) <= available
+
+    def _next_page(self, thread: Thread) -> int:
+        """Pages that a waiting thread takes with its next token, 0 or 1; it holds none in reserve."""
+        assert thread.context is not None
+        return int(thread.context.tail_len % self.cache.page_size == 0)
 
     def _is_started(self, family: Family) -> bool:
         return any(t.context is not None and t.context.num_tokens > 0 for t in family.threads)
@@ -203,35 +194,6 @@ class Scheduler:
                     self._stop(work, thread, Stop("pages"))
                     return 0
 
-    def claim(self, threads: Sequence[Thread], num_tokens: Sequence[int]) -> None:
-        """Between steps: brings stopped threads of one family to the device with pages for num_tokens more each.
-
-        Raises:
-          OutOfPages: they do not fit, though everything else was moved out.
-        """
-        for thread, count in zip(threads, num_tokens, strict=True):
-            context = thread.context
-            assert context is not None
-            while True:
-                try:
-                    self._write_back(thread)
-                    self.cache.reserve(context, count)
-                    break
-                except OutOfPages:
-                    others = [f for f in self.families.values() if f is not thread.family]
-                    if not any(self._step_back(f, threads) for f in reversed(others)) and not self._evict_own(threads):
-                        raise
-
-    def family_pages(self, family: Family) -> int:
-        """Unique pages that the family's contexts hold, those in host memory counted."""
-        size = self.cache.page_size
-        return sum(max(len(s.pages), -(-len(s.token_ids) // size)) for s in _unique_segments(family.live))
-
-    def pages_read(self, thread: Thread) -> int:
-        """Pages that a token of the thread reads: those of a segment that it holds several times count each time."""
-        assert thread.context is not None
-        return self.cache.num_pages_of(thread.context.segments)
-
     def _bring_back(self, work: Work, thread: Thread) -> bool:
         """Brings the thread's segments to the device, making room for them; whether they fit."""
         while True:
@@ -247,91 +209,6 @@ class Scheduler:
                     self._stop(work, thread, Stop("pages"))
                     return False
 
-    def _write_back(self, thread: Thread) -> None:
-        """Copies the thread's segments that are in host memory to fresh pages. Raises OutOfPages, nothing changed."""
-        assert thread.context is not None
-        missing = [s for s in thread.context.segments if s.swapped]
-        moved = self.cache.swap_in(missing)
-        for segment, page_ids in moved:
-            self._write_pages(page_ids, segment.host_data)
-            self.cache.finish_swap_in(segment)
-        if moved:
-            self._on_preempt(thread.family, thread, sum(len(page_ids) for _, page_ids in moved), True)
-
-    def _evict_younger(self, thread: Thread) -> bool:
-        """The youngest younger family that holds pages on the device gives them all up; whether one did."""
-        for family in reversed(self.families.values()):
-            if family.id <= thread.family.id:
-                return False
-            if self._step_back(family, [thread]):
-                return True
-        return False
-
-    def _evict_idle(self, thread: Thread) -> bool:
-        """An older family of which no thread wants to run gives up its pages; whether one did."""
-        for family in self.families.values():
-            if family.id >= thread.family.id:
-                return False
-            idle = not any(t.status in WANTS_TO_RUN for t in family.threads)
-            if idle and self._step_back(family, [thread]):
-                return True
-        return False
-
-    def _evict_own(self, kept: Sequence[Thread]) -> bool:
-        """The youngest other thread of the family gives up what only it reads; whether one did."""
-        for other in reversed(kept[0].family.live):
-            if other in kept:
-                continue
-            before = self.cache.num_available
-            was_running = other.status is Status.RUNNING
-            if was_running:
-                self._lose_slot(other)
-            self._move_out([other], kept)
-            moved = self.cache.num_available - before
-            if moved or was_running:
-                self._on_preempt(other.family, other, moved, False)
-            if moved:
-                return True
-        return False
-
-    def _older_wants_to_run(self, thread: Thread) -> bool:
-        for family in self.families.values():
-            if family is thread.family:
-                return False
-            if any(t.status in WANTS_TO_RUN for t in family.threads):
-                return True
-        return False
-
-    def _step_back(self, family: Family, kept: Sequence[Thread] = ()) -> int:
-        """The whole family loses its slots and what `kept` does not read moves to host memory; pages that came free."""
-        running = [t for t in family.threads if t.status is Status.RUNNING]
-        before = self.cache.num_available
-        for thread in running:
-            self._lose_slot(thread)
-        self._move_out(family.live, kept)
-        moved = self.cache.num_available - before
-        if moved or running:
-            family.counters.preemptions += 1
-            self._on_preempt(family, None, moved, False)
-        return moved
-
-    def _lose_slot(self, thread: Thread) -> None:
-        assert thread.context is not None
-        thread.slot = None
-        thread.status = Status.WAITING
-        self.cache.trim(thread.context)
-
-    def _move_out(self, threads: Iterable[Thread], kept: Sequence[Thread] = ()) -> None:
-        """Moves to host memory what these threads read and neither a running thread nor one of `kept` does."""
-        readers = [*self.threads(Status.RUNNING), *kept]
-        kept_ids = {s.id for s in _unique_segments(readers)}
-        for thread in threads:
-            assert thread.context is not None and thread.status is not Status.RUNNING
-            self.cache.trim(thread.context)
-        segments = [s for s in _unique_segments(threads) if s.id not in kept_ids and not s.swapped]
-        for segment, page_ids in self.cache.swap_out(segments):
-            self.cache.finish_swap_out(segment, self._read_pages(page_ids))
-
     def _stop(self, work: Work, thread: Thread, stop: Stop) -> None:
         assert thread.context is not None
         self.cache.trim(thread.context)
@@ -339,8 +216,3 @@ class Scheduler:
         thread.status = Status.STOPPED
         thread.stop = stop
         work.stopped.append(thread)
-
-
-def _unique_segments(threads: Iterable[Thread]) -> list[Segment]:
-    found = {s.id: s for t in threads if t.context is not None for s in t.context.segments}
-    return list(found.values())

@@ -22,6 +22,8 @@ class Status(enum.Enum):
     CANCELLED = "cancelled"  # likewise, before its end
 
 
+WANTS_TO_RUN = (Status.WAITING, Status.RUNNING)
+
 StopReason = Literal["stop_id", "stop_string", "eos", "length", "context", "pages", "prefilled", "cancelled"]
 
 

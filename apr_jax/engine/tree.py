@@ -11,8 +11,8 @@ from apr_jax.cache.cache import KVCache
 from apr_jax.cache.context import Context
 from apr_jax.config import CacheConfig, EngineConfig, ModelConfig, check
 from apr_jax.engine import events
-from apr_jax.engine.scheduler import WANTS_TO_RUN, Scheduler
-from apr_jax.engine.thread import Family, Status, Thread
+from apr_jax.engine.scheduler import Scheduler
+from apr_jax.engine.thread import WANTS_TO_RUN, Family, Status, Thread
 from apr_jax.types import SamplingParams
 
 

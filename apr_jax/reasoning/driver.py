@@ -10,8 +10,7 @@ from collections.abc import Sequence
 
 from apr_jax.engine import events
 from apr_jax.engine.engine import EngineCore
-from apr_jax.engine.scheduler import WANTS_TO_RUN
-from apr_jax.engine.thread import Status, Stop, Thread
+from apr_jax.engine.thread import WANTS_TO_RUN, Status, Stop, Thread
 from apr_jax.reasoning.budget import Budget
 from apr_jax.reasoning.program import (
     Action,

@@ -192,3 +192,65 @@ def test_a_large_newcomer_is_not_overtaken_for_ever():
     engine.run()
     assert all(thread.is_done or thread.stop.reason == "length" for thread in small)
     assert_clean(engine)
+
+
+def preempted(engine: EngineCore, family) -> list[events.PreemptEvent]:
+    """Collects, from now on, the events in which this family gives up its pages."""
+    found: list[events.PreemptEvent] = []
+
+    def note(event):
+        if isinstance(event, events.PreemptEvent) and event.family_id == family.id and not event.resumed:
+            found.append(event)
+
+    engine.listeners.append(note)
+    return found
+
+
+def test_a_forks_children_take_the_slot_of_a_younger_family():
+    engine = make_engine(max_threads=2)
+    engine.submit([1] * 8, sampling=up_to(200))
+    middle = engine.submit([2] * 8, sampling=up_to(4))
+    while middle.status is not Status.STOPPED:
+        engine.step()
+    young = engine.submit([3] * 8, sampling=up_to(200))
+    engine.step()
+    assert young.status is Status.RUNNING
+    gave_up = preempted(engine, young.family)
+    (child,) = engine.fork(middle, [[5]], sampling=up_to(4))
+    engine.step()
+    assert len(gave_up) == 1 and child.token_ids[1:], "the child ran in the younger family's slot"
+    engine.run()
+    assert young.stop.reason == "length"
+    assert_clean(engine)
+
+
+def test_nobody_loses_a_slot_to_a_thread_that_could_not_run():
+    engine = make_engine(max_threads=2, num_pages=101)
+    old = engine.submit([1] * 160, sampling=up_to(140))
+    middle = engine.submit([2] * 200, sampling=up_to(40))
+    while not any(segment.swapped for segment in middle.context.segments):
+        engine.step()
+    young = engine.submit([3] * 8, sampling=up_to(60))
+    gave_up = preempted(engine, young.family)
+    while old.stop is None:
+        engine.step()
+        waits_for_pages = middle.status is Status.WAITING
+        assert not (waits_for_pages and gave_up), "the slot's pages are too few for the older thread"
+    assert young.token_ids, "the young family ran beside the oldest"
+    engine.run()
+    assert [thread.stop.reason for thread in (old, middle, young)] == ["length"] * 3
+    assert_clean(engine)
+
+
+def test_a_family_at_its_bound_takes_no_slot():
+    engine = make_engine(max_threads=2, max_family_pages=10)
+    full = stopped_root(engine, [2] * 30, 30)
+    assert full.stop.reason == "pages"
+    engine.submit([1] * 8, sampling=up_to(30))
+    young = engine.submit([3] * 8, sampling=up_to(30))
+    engine.step()
+    gave_up = preempted(engine, young.family)
+    engine.append(full, [5], sampling=up_to(3))
+    engine.run()
+    assert not gave_up and full.stop.reason == "pages"
+    assert_clean(engine)
