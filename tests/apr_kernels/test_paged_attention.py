@@ -1,4 +1,4 @@
-"""Attention and update against a float64 oracle written token by token. All that is unused holds NaN."""
+"""Attention and update of the reference against the float64 oracle. All that is unused holds NaN."""
 
 import dataclasses
 
@@ -11,6 +11,8 @@ from apr_kernels.kv_update import kv_update
 from apr_kernels.paged_attention import paged_attention
 from apr_kernels.paged_attention import reference as attention_reference
 from jax.extend.core import jaxprs_in_params
+
+from tests.apr_kernels.oracle import oracle, updated
 
 ALL = [
     cases.with_page_size(case, size)
@@ -30,39 +32,6 @@ def call(data: cases.CaseData):
     """Returns (kv_pages, o, lse)."""
     plan = cases.on_device(data.plan)
     return step(data.kv_pages, data.q, data.k, data.v, plan, data.tail_len, data.num_queries)
-
-
-def oracle(data: cases.CaseData) -> tuple[np.ndarray, np.ndarray]:
-    """One query, one head, one softmax at a time, in float64."""
-    case = data.case
-    o = np.zeros(data.q.shape)
-    lse = np.full(data.q.shape[:3], -np.inf)
-    for r, row in enumerate(case.rows):
-        for t in range(row.num_queries if row.slot is not None else 0):
-            keys = np.concatenate([data.context[r][0], data.k[r, : t + 1]]).astype(np.float64)
-            values = np.concatenate([data.context[r][1], data.v[r, : t + 1]]).astype(np.float64)
-            for h in range(case.num_heads):
-                kv_head = h * case.num_kv_heads // case.num_heads
-                scores = keys[:, kv_head] @ data.q[r, t, h].astype(np.float64) / np.sqrt(case.head_dim)
-                top = scores.max()
-                weights = np.exp(scores - top)
-                lse[r, t, h] = top + np.log(weights.sum())
-                o[r, t, h] = weights @ values[:, kv_head] / weights.sum()
-    return o, lse
-
-
-def updated(data: cases.CaseData) -> tuple[np.ndarray, np.ndarray]:
-    """What the pages must hold afterwards."""
-    size = data.case.page_size
-    stores = np.array(data.kv_pages.k), np.array(data.kv_pages.v)
-    for store, new in zip(stores, (data.k, data.v)):
-        for r, row in enumerate(data.case.rows):
-            for t in range(row.num_queries if row.slot is not None else 0):
-                page, slot = data.tail_pages[r][(row.tail_len + t) // size], (row.tail_len + t) % size
-                if slot == 0:
-                    store[:, page] = 0
-                store[:, page, slot] = new[r, t]
-    return stores
 
 
 def check(data: cases.CaseData, tolerance: float):
