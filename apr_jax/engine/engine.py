@@ -1,13 +1,12 @@
 """How threads fork and join: the primitives that every program and strategy is made of. Nothing is ever copied."""
 
-import math
 import time
 from collections.abc import Sequence
 
-from apr_jax.cache.context import Segment, marked_segments, own_segments
 from apr_jax.config import check
 from apr_jax.engine import events
-from apr_jax.engine.loop import Loop
+from apr_jax.engine.joining import join_parts, pages_wanted
+from apr_jax.engine.stopped import StoppedThreads
 from apr_jax.engine.thread import JoinMode, JoinRecord, Status, Thread
 from apr_jax.engine.tree import changes_threads
 from apr_jax.types import OutOfPages, SamplingParams
@@ -15,7 +14,7 @@ from apr_jax.types import OutOfPages, SamplingParams
 JOIN_MODES = ("stitch", "conclusion", "select", "prefill", "splice")
 
 
-class EngineCore(Loop):
+class EngineCore(StoppedThreads):
     """Threads over one paged cache: `submit`, `fork`, `spawn`, `append`, `mark`, `join`, `cancel` and `release`
     change the tree of threads; `step` and `run` make tokens. Every primitive leaves all as it was if it raises, but
     that last tokens of stopped threads may have been fed.
@@ -112,6 +111,7 @@ class EngineCore(Loop):
 
         Raises:
           ValueError: a prompt is empty or longer than the context window, or the thread has not stopped.
+          OutOfPages: the prompts cannot fit the family's bound.
         """
         self._check_status(thread, Status.STOPPED)
         check(not thread.marks, f"thread {thread.id} was marked: it goes on with append before it forks")
@@ -120,9 +120,16 @@ class EngineCore(Loop):
         for ids in lists:
             check(0 < len(ids) <= window, f"a spawned prompt has {len(ids)} tokens, must be in [1, {window}]")
         params = self._one_each(sampling, len(lists))
+        contexts = [self.cache.match_prefix(ids)[0] for ids in lists]
+        bound = self.scheduler.max_family_pages
+        needed = self.scheduler.pages_with_prompts(thread.family, lists, contexts)
+        if needed > bound:
+            for context in contexts:
+                self.cache.release(context)
+            raise OutOfPages(needed, bound, "the family's bound")
         children = []
-        for ordinal, (ids, child_params) in enumerate(zip(lists, params, strict=True)):
-            context, matched = self.cache.match_prefix(ids)
+        for ordinal, (context, ids, child_params) in enumerate(zip(contexts, lists, params, strict=True)):
+            matched = context.num_tokens
             path = (*thread.path, (thread.num_forks, ordinal))
             child = self._new_thread(thread.family, thread, path, child_params, context)
             child.start_position = 0
@@ -178,7 +185,11 @@ class EngineCore(Loop):
         if sampling is not None:
             self._check_sampling(sampling)
         assert thread.context is not None
-        self._check_pages_read(thread, children, mode)
+        if mode != "splice":
+            needed, total = self.scheduler.pages_read(thread), self.cache.pool.total
+            needed += pages_wanted(self.cache, children, mode)
+            if needed > total:
+                raise OutOfPages(needed, total, "one thread's context")
         handed: list[int] = []
         if mode == "select" and not ids:
             if not children[0].pending:
@@ -191,7 +202,7 @@ class EngineCore(Loop):
             for child in children:
                 self._settle_mark(child)
         started = time.perf_counter()
-        parts, position, again = self._parts(thread, children, mode)
+        parts, position, again = join_parts(self.cache, thread, children, mode)
         self.cache.join(thread.context, parts, position)
         seconds = time.perf_counter() - started
         # Tokens that the fork carried come with a child's segments, if one is joined.
@@ -217,145 +228,3 @@ class EngineCore(Loop):
         )
         self._force(thread, ids)
         self._wake(thread, sampling)
-
-    # Inside.
-
-    def _check_pages_read(self, thread: Thread, children: Sequence[Thread], mode: JoinMode) -> None:
-        if mode == "splice":
-            return
-        needed, bound = self.scheduler.pages_read(thread), self.cache.pool.total
-        for child in children[:1] if mode == "prefill" else children:
-            assert child.context is not None
-            wanted = marked_segments(child.context) if mode == "conclusion" else own_segments(child.context)
-            needed += self.cache.num_pages_of(wanted)
-        if needed > bound:
-            raise OutOfPages(needed, bound, "one thread's context")
-
-    def _parts(
-        self, thread: Thread, children: Sequence[Thread], mode: JoinMode
-    ) -> tuple[list[list[Segment]], int, list[int]]:
-        """What each child contributes: segments, the thread's next position, and tokens to be computed again."""
-        assert thread.context is not None
-        position = thread.context.next_position
-        if mode == "splice":
-            return [], position, []
-        contexts = []
-        for child in children[:1] if mode == "prefill" else children:
-            assert child.context is not None
-            self.cache.seal(child.context)
-            contexts.append(child.context)
-        parts = [own_segments(context) for context in contexts]
-        # Each child begins with the tokens that the fork carried; the first child's are enough.
-        # A child that never ran may hand them on unfed.
-        num_fed = [max(0, len(thread.carried) - child.num_to_seal) for child in children[: len(parts)]]
-        firsts = [_split_at(part, n) for part, n in zip(parts, num_fed, strict=True)]
-        if mode == "conclusion":
-            ends = [marked_segments(context) for context in contexts]
-            firsts = [(f, [s for s in rest if s in end]) for (f, rest), end in zip(firsts, ends, strict=True)]
-        parts = [rest if i else first + rest for i, (first, rest) in enumerate(firsts)]
-        if mode in ("select", "prefill"):
-            position = contexts[0].next_position if contexts else position
-        else:
-            position = max([position, *(context.next_position for context in contexts)])
-        again = [token for child in children[1:] for token in self._text_ids(child)] if mode == "prefill" else []
-        return parts, position, again
-
-    def _settle_mark(self, thread: Thread) -> None:
-        """Tells the cache of a mark whose token can get its keys now."""
-        if thread.marks:
-            self._flush([thread])
-            assert thread.context is not None
-            self.cache.mark(thread.context)
-            thread.marks, thread.num_to_seal = False, 0
-
-    def _text_ids(self, thread: Thread) -> list[int]:
-        """The thread's tokens with those of the children it joined, in the order of the text."""
-        ids, at = [], 0
-        for record in thread.joins:
-            ids += thread.token_ids[at : record.at]
-            for child in record.children if record.mode != "splice" else ():
-                ids += self._text_ids(child)
-            at = record.at
-        return ids + thread.token_ids[at:]
-
-    def _suspend(self, thread: Thread, children: list[Thread], spawned: bool) -> None:
-        thread.status = Status.FORKED
-        thread.stop = None
-        thread.num_forks += 1
-        thread.children = children
-        self.emit(events.ForkEvent, thread, child_ids=tuple(child.id for child in children), spawned=spawned)
-        for child in children:
-            if child.token_ids:
-                self._emit_forced(child, child.token_ids)
-
-    def _force(self, thread: Thread, ids: Sequence[int]) -> None:
-        thread.token_ids += ids
-        thread.sampled += [False] * len(ids)
-        thread.logprobs += [math.nan] * len(ids)
-        thread.pending += ids
-        if ids and thread.status is not Status.WAITING:
-            self._emit_forced(thread, ids)
-
-    def _emit_forced(self, thread: Thread, ids: Sequence[int]) -> None:
-        self.emit(events.TokenEvent, thread, token_ids=tuple(ids), sampled=(False,) * len(ids))
-
-    def _wake(self, thread: Thread, sampling: SamplingParams | None) -> None:
-        if sampling is not None:
-            thread.sampling = sampling
-            thread.budget = sampling.max_new_tokens
-        thread.sampled_since = len(thread.token_ids)
-        thread.stop = None
-        thread.status = Status.WAITING
-
-    def _one_each(self, sampling: SamplingParams | Sequence[SamplingParams], count: int) -> list[SamplingParams]:
-        check(count > 0, "a fork into 0 children, at least 1 is needed")
-        params = [sampling] * count if isinstance(sampling, SamplingParams) else list(sampling)
-        check(len(params) == count, f"{len(params)} sampling parameters for {count} children")
-        for child_params in params:
-            self._check_sampling(child_params)
-        return params
-
-    def _check_status(self, thread: Thread, wanted: Status) -> None:
-        check(
-            thread.status is wanted,
-            f"thread {thread.id} is {thread.status.value}, must be {wanted.value} for this",
-        )
-
-    def _unfeed_last(self, thread: Thread) -> None:
-        """Takes back the keys of the thread's last token, so that it can be sampled from."""
-        context = thread.context
-        assert context is not None
-        check(
-            context.tail_len > 0,
-            f"thread {thread.id} has just been sealed: it needs forced tokens to go on with",
-        )
-        last = context.segments[-1].token_ids[-1]
-        self.cache.rollback(context, 1)
-        thread.pending = [last]
-
-    def _flush(self, threads: Sequence[Thread]) -> None:
-        """Feeds what is pending of stopped threads, without sampling, so that their segments can be sealed."""
-        while waiting := [thread for thread in threads if thread.pending]:
-            group = waiting[: min(self.config.prefill_rows, self.config.max_threads)]
-            counts = []
-            for thread in group:
-                assert thread.context is not None
-                room = self.cache.tail_room(thread.context)
-                # What a fork carried ends with a segment.
-                wanted = thread.num_to_seal or len(thread.pending)
-                counts.append(min(wanted, self.config.prefill_chunk, room))
-            self.scheduler.claim(group, counts)
-            by_id = {thread.id: count for thread, count in zip(group, counts, strict=True)}
-            self._feed(group, by_id, {thread.id: slot for slot, thread in enumerate(group)})
-            group[0].family.counters.flush_tokens += sum(counts)
-            group[0].family.counters.prefill_tokens -= sum(counts)
-
-
-def _split_at(segments: list[Segment], num_tokens: int) -> tuple[list[Segment], list[Segment]]:
-    """The segments that hold the first num_tokens, and the rest; a segment's end lies there."""
-    end = 0
-    while num_tokens > 0:
-        num_tokens -= segments[end].num_tokens
-        end += 1
-    assert num_tokens == 0, "carried tokens are sealed apart"
-    return segments[:end], segments[end:]

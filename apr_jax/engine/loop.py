@@ -234,6 +234,7 @@ class Loop(ThreadTree):
             if stop is not None:
                 if not thread.pending and stop.reason == "stop_id":
                     thread.family.counters.flush_tokens += 1
+                    thread.is_flushed = True
                 thread.stop = stop
                 thread.status = Status.STOPPED
                 thread.slot = None

@@ -16,7 +16,7 @@ So the oldest family that wants to run always does, and nothing waits for ever.
 from collections.abc import Callable, Iterable, Sequence
 
 from apr_jax.cache.cache import KVCache
-from apr_jax.cache.context import Segment
+from apr_jax.cache.context import Context, Segment
 from apr_jax.config import EngineConfig
 from apr_jax.engine.thread import WANTS_TO_RUN, Family, Status, Thread
 from apr_jax.types import OutOfPages
@@ -77,6 +77,27 @@ class Preemption:
         """Unique pages that the family's contexts hold, those in host memory counted."""
         size = self.cache.page_size
         return sum(max(len(s.pages), -(-len(s.token_ids) // size)) for s in _unique_segments(family.live))
+
+    def pages_with_prompts(self, family: Family, prompts: Sequence[Sequence[int]], contexts: Sequence[Context]) -> int:
+        """Pages that the family holds at least once it has computed prompts beside what it holds now.
+
+        Args:
+          prompts: pages that they begin with alike are counted once, where prefixes are cached.
+          contexts: what `match_prefix` gave for each.
+        """
+        size = self.cache.page_size
+        held = {s.id for s in _unique_segments(family.live)}
+        matched = {s.id: s for context in contexts for s in context.segments if s.id not in held}
+        whole: set[int] = set()
+        num_partial = 0
+        for ordinal, (ids, context) in enumerate(zip(prompts, contexts, strict=True)):
+            path = 0 if self.cache.config.prefix_cache else ordinal
+            for end in range(size, len(ids) + 1, size):
+                path = hash((path, tuple(ids[end - size : end])))
+                if end > context.num_tokens:
+                    whole.add(path)
+            num_partial += len(ids) % size > 0
+        return self.family_pages(family) + self.cache.num_pages_of(matched.values()) + len(whole) + num_partial
 
     def pages_read(self, thread: Thread) -> int:
         """Pages that a token of the thread reads: those of a segment that it holds several times count each time."""

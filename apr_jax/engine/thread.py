@@ -102,6 +102,7 @@ class Thread:
       carried: of a parent: the tokens that its fork left without keys and put before every child's.
       num_to_seal: how many tokens the thread feeds before its tail is sealed: of a child, those that the fork
         carried, so that a join can count them once; of a marked thread, the marker.
+      is_flushed: the last token, a stop, has keys though nothing was sampled from it: one of the `flush_tokens`.
       marks: what follows the thread's last token is its conclusion; the cache is told when that token has keys.
     """
 
@@ -125,6 +126,7 @@ class Thread:
     carried: list[int] = dataclasses.field(default_factory=list)
     num_to_seal: int = 0
     marks: bool = False
+    is_flushed: bool = False
     num_forks: int = 0
     num_sampled: int = 0  # over the thread's whole life; what the random keys count
     budget: int = 0  # tokens it may still sample before it stops with `length`

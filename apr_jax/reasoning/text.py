@@ -4,29 +4,9 @@ published.
 
 import bisect
 
+from apr_jax.engine.joining import flatten as flatten
 from apr_jax.engine.thread import Thread
 from apr_jax.tokenizers import Tokenizer
-
-
-def flatten(thread: Thread) -> list[int]:
-    """The thread's tokens with those of the children it joined, in reading order.
-
-    Children whose returned text was spliced are left out: the parent's own tokens hold what they returned.
-      Children
-    that were not joined yet come last.
-    """
-    ids: list[int] = []
-    at = 0
-    for record in thread.joins:
-        ids += thread.token_ids[at : record.at]
-        at = record.at
-        if record.mode != "splice":
-            for child in record.children:
-                ids += flatten(child)
-    ids += thread.token_ids[at:]
-    for child in thread.children:
-        ids += flatten(child)
-    return ids
 
 
 def find_blocks(thread: Thread, tokenizer: Tokenizer, block: tuple[str, str]) -> list[tuple[int, int]]:

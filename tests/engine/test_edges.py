@@ -11,13 +11,20 @@ from apr_jax.testing.scripted import ScriptedRunner
 from apr_jax.types import OutOfPages, SamplingParams
 
 
-def make_engine(*, max_position: int = 1024, page_size: int = 4, num_pages: int = 200, **fields) -> EngineCore:
+def make_engine(
+    *,
+    max_position: int = 1024,
+    page_size: int = 4,
+    num_pages: int = 200,
+    prefix_cache: bool = True,
+    **fields,
+) -> EngineCore:
     config = EngineConfig(**fields)
     return EngineCore(
         tiny_config(max_position=max_position),
         None,
         byte_tokenizer(),
-        cache_config=CacheConfig(page_size=page_size, num_pages=num_pages),
+        cache_config=CacheConfig(page_size=page_size, num_pages=num_pages, prefix_cache=prefix_cache),
         engine_config=config,
         runner=ScriptedRunner(lambda thread, ids: 97 + len(ids) % 20, config.steps_per_dispatch),
     )
@@ -253,4 +260,61 @@ def test_a_family_at_its_bound_takes_no_slot():
     engine.append(full, [5], sampling=up_to(3))
     engine.run()
     assert not gave_up and full.stop.reason == "pages"
+    assert_clean(engine)
+
+
+@pytest.mark.parametrize("prefix_cache", [True, False])
+def test_a_spawn_beyond_the_familys_bound_changes_nothing(prefix_cache):
+    engine = make_engine(max_family_pages=10, prefix_cache=prefix_cache)
+    root = stopped_root(engine, [1] * 8, 1)  # 2 pages
+    available = engine.cache.num_available
+    with pytest.raises(OutOfPages, match="14 pages needed, 10 available in the family's bound"):
+        engine.spawn(root, [[2] * 17, [3] * 28], sampling=up_to(0))
+    assert root.status is Status.STOPPED and engine.cache.num_available == available
+    alike = [[4] * 20, [4] * 20]
+    if prefix_cache:
+        children = engine.spawn(root, alike, sampling=up_to(1))
+        engine.run()
+        assert [child.stop.reason for child in children] == ["length"] * 2
+    else:
+        with pytest.raises(OutOfPages, match="12 pages needed"):
+            engine.spawn(root, alike, sampling=up_to(1))
+        children = engine.spawn(root, alike[:1], sampling=up_to(1))
+        engine.run()
+    assert children[0].stop.reason == "length"
+    assert_clean(engine)
+
+
+def test_a_spawned_prompt_that_the_family_holds_is_not_counted_again():
+    engine = make_engine(max_family_pages=10)
+    root = stopped_root(engine, [1] * 33, 1)  # 8 whole pages, cached
+    (child,) = engine.spawn(root, [[1] * 33], sampling=up_to(1))
+    engine.run()
+    assert child.stop.reason == "length" and child.family.counters.cached_tokens == 32
+    assert_clean(engine)
+
+
+@pytest.mark.parametrize("how", ["append", "fork", "select"])
+def test_a_stop_that_is_sampled_from_after_all_is_no_flush(how):
+    engine = make_engine()
+    stops = SamplingParams(max_new_tokens=60, stop_ids=(110,), ignore_eos=True)
+    root = engine.submit([1] * 8, sampling=stops)
+    engine.run()
+    counters = root.family.counters
+    assert root.stop.reason == "stop_id" and not root.pending and counters.flush_tokens == 1
+    said = held(root)
+    if how == "append":
+        engine.append(root, sampling=up_to(2))
+        engine.run()
+        assert counters.flush_tokens == 0 and held(root)[: len(said)] == said
+    elif how == "fork":
+        engine.fork(root, [[], []], sampling=up_to(2))
+        engine.run()
+        assert counters.flush_tokens == 0
+    else:
+        (child,) = engine.fork(root, [[5]], sampling=stops)
+        engine.run()
+        assert child.stop.reason == "stop_id" and counters.flush_tokens == 2
+        engine.join(root, [child], mode="select", sampling=up_to(2))
+        assert counters.flush_tokens == 1, "the root's, which was sealed"
     assert_clean(engine)

@@ -1,0 +1,99 @@
+"""Stopped threads: what is pending gets its keys or the last token loses them, tokens are forced, and they wake."""
+
+import math
+from collections.abc import Sequence
+
+from apr_jax.config import check
+from apr_jax.engine import events
+from apr_jax.engine.loop import Loop
+from apr_jax.engine.thread import Status, Thread
+from apr_jax.types import SamplingParams
+
+
+class StoppedThreads(Loop):
+    """What the primitives do with threads that have stopped."""
+
+    def _settle_mark(self, thread: Thread) -> None:
+        """Tells the cache of a mark whose token can get its keys now."""
+        if thread.marks:
+            self._flush([thread])
+            assert thread.context is not None
+            self.cache.mark(thread.context)
+            thread.marks, thread.num_to_seal = False, 0
+
+    def _suspend(self, thread: Thread, children: list[Thread], spawned: bool) -> None:
+        thread.status = Status.FORKED
+        thread.stop = None
+        thread.num_forks += 1
+        thread.children = children
+        self.emit(events.ForkEvent, thread, child_ids=tuple(child.id for child in children), spawned=spawned)
+        for child in children:
+            if child.token_ids:
+                self._emit_forced(child, child.token_ids)
+
+    def _force(self, thread: Thread, ids: Sequence[int]) -> None:
+        thread.token_ids += ids
+        thread.sampled += [False] * len(ids)
+        thread.logprobs += [math.nan] * len(ids)
+        thread.pending += ids
+        if ids and thread.status is not Status.WAITING:
+            self._emit_forced(thread, ids)
+
+    def _emit_forced(self, thread: Thread, ids: Sequence[int]) -> None:
+        self.emit(events.TokenEvent, thread, token_ids=tuple(ids), sampled=(False,) * len(ids))
+
+    def _wake(self, thread: Thread, sampling: SamplingParams | None) -> None:
+        if sampling is not None:
+            thread.sampling = sampling
+            thread.budget = sampling.max_new_tokens
+        thread.sampled_since = len(thread.token_ids)
+        thread.is_flushed = False
+        thread.stop = None
+        thread.status = Status.WAITING
+
+    def _one_each(self, sampling: SamplingParams | Sequence[SamplingParams], count: int) -> list[SamplingParams]:
+        check(count > 0, "a fork into 0 children, at least 1 is needed")
+        params = [sampling] * count if isinstance(sampling, SamplingParams) else list(sampling)
+        check(len(params) == count, f"{len(params)} sampling parameters for {count} children")
+        for child_params in params:
+            self._check_sampling(child_params)
+        return params
+
+    def _check_status(self, thread: Thread, wanted: Status) -> None:
+        check(
+            thread.status is wanted,
+            f"thread {thread.id} is {thread.status.value}, must be {wanted.value} for this",
+        )
+
+    def _unfeed_last(self, thread: Thread) -> None:
+        """Takes back the keys of the thread's last token, so that it can be sampled from."""
+        context = thread.context
+        assert context is not None
+        check(
+            context.tail_len > 0,
+            f"thread {thread.id} has just been sealed: it needs forced tokens to go on with",
+        )
+        last = context.segments[-1].token_ids[-1]
+        self.cache.rollback(context, 1)
+        thread.pending = [last]
+        thread.family.counters.flush_tokens -= thread.is_flushed
+        thread.is_flushed = False
+
+    def _flush(self, threads: Sequence[Thread]) -> None:
+        """Feeds what is pending of stopped threads, without sampling, so that their segments can be sealed."""
+        while waiting := [thread for thread in threads if thread.pending]:
+            group = waiting[: min(self.config.prefill_rows, self.config.max_threads)]
+            counts = []
+            for thread in group:
+                assert thread.context is not None
+                room = self.cache.tail_room(thread.context)
+                # What a fork carried ends with a segment.
+                wanted = thread.num_to_seal or len(thread.pending)
+                counts.append(min(wanted, self.config.prefill_chunk, room))
+            self.scheduler.claim(group, counts)
+            by_id = {thread.id: count for thread, count in zip(group, counts, strict=True)}
+            self._feed(group, by_id, {thread.id: slot for slot, thread in enumerate(group)})
+            group[0].family.counters.flush_tokens += sum(counts)
+            group[0].family.counters.prefill_tokens -= sum(counts)
+            for thread in group:
+                thread.is_flushed = not thread.pending
