@@ -34,7 +34,7 @@ class EngineCore(StoppedThreads):
         self._check_status(thread, Status.STOPPED)
         ids = self._checked_ids(token_ids)
         if sampling is not None:
-            self._check_sampling(sampling)
+            self.check_sampling(sampling)
         if thread.marks and ids:
             self._settle_mark(thread)
         if not ids and not thread.pending:
@@ -183,7 +183,7 @@ class EngineCore(StoppedThreads):
         ids = self._checked_ids(tokens)
         check(bool(ids) or mode == "select", f"a join by {mode} needs tokens to go on with")
         if sampling is not None:
-            self._check_sampling(sampling)
+            self.check_sampling(sampling)
         assert thread.context is not None
         if mode != "splice":
             needed, total = self.scheduler.pages_read(thread), self.cache.pool.total

@@ -71,7 +71,7 @@ class Loop(ThreadTree):
         needed = math.ceil((len(ids) + min(1, sampling.max_new_tokens)) / self.cache.page_size)
         bound = self.scheduler.max_family_pages
         check(needed <= bound, f"the prompt needs {needed} pages, a family may hold {bound}")
-        self._check_sampling(sampling)
+        self.check_sampling(sampling)
         family = Family(self._next_family_id, sampling.seed)
         self._next_family_id += 1
         context, matched = self.cache.match_prefix(ids)

@@ -56,7 +56,7 @@ class StoppedThreads(Loop):
         params = [sampling] * count if isinstance(sampling, SamplingParams) else list(sampling)
         check(len(params) == count, f"{len(params)} sampling parameters for {count} children")
         for child_params in params:
-            self._check_sampling(child_params)
+            self.check_sampling(child_params)
         return params
 
     def _check_status(self, thread: Thread, wanted: Status) -> None:

@@ -98,6 +98,15 @@ class ThreadTree:
         )
         self._end(thread, Status.FINISHED)
 
+    def check_sampling(self, sampling: SamplingParams) -> None:
+        """Raises ValueError for more stop ids or banned ids than the engine takes."""
+        bound = self.config.max_stop_ids
+        num_stops = len({*sampling.stop_ids, *(() if sampling.ignore_eos else self.model_config.eos_ids)})
+        included = "those of the program's tags and of the end of a sequence included"
+        check(num_stops <= bound, f"{num_stops} stop ids, {included}; max_stop_ids is {bound}")
+        num_banned = len(sampling.banned_ids)
+        check(num_banned <= bound, f"{num_banned} banned ids, max_stop_ids (which bounds them too) is {bound}")
+
     def emit(self, kind: type[events.Event], thread: Thread, **fields) -> None:
         """Tells the listeners; `fields` are what the event holds beside step, time, family and thread."""
         if self.listeners:
@@ -166,13 +175,6 @@ class ThreadTree:
         for token in ids:
             check(0 <= token < vocab_size, f"token id {token} is outside the vocabulary of {vocab_size}")
         return ids
-
-    def _check_sampling(self, sampling: SamplingParams) -> None:
-        bound = self.config.max_stop_ids
-        num_stops = len({*sampling.stop_ids, *(() if sampling.ignore_eos else self.model_config.eos_ids)})
-        check(num_stops <= bound, f"{num_stops} stop ids, end-of-sequence ids included; max_stop_ids is {bound}")
-        num_banned = len(sampling.banned_ids)
-        check(num_banned <= bound, f"{num_banned} banned ids, max_stop_ids (which bounds them too) is {bound}")
 
     def _note_stop(self, thread: Thread) -> None:
         assert thread.stop is not None

@@ -8,10 +8,11 @@ from typing import overload
 
 from apr_jax.config import CacheConfig, EngineConfig, check
 from apr_jax.engine.engine import EngineCore
-from apr_jax.reasoning.driver import Driver, Run
-from apr_jax.reasoning.output import Output, collect
+from apr_jax.reasoning.driver import Driver
+from apr_jax.reasoning.output import GenerateError, Output, collect
 from apr_jax.reasoning.program import Guards, Program, Request
 from apr_jax.reasoning.programs import make_program
+from apr_jax.reasoning.run import Run
 from apr_jax.types import SamplingParams
 
 Prompt = str | Sequence[int]
@@ -123,6 +124,8 @@ class Engine(EngineCore):
         Raises:
           ValueError: a prompt is empty, longer than the context window or can never fit the cache, or there
             is no such program. Nothing has run then.
+          GenerateError: of several outputs some failed; it holds them all. (Of a single one the error itself is
+            raised.)
         """
         check(num_samples >= 1, f"num_samples is {num_samples}, must be >= 1")
         prompts: list[Prompt] = [prompt] if _is_one(prompt) else list(prompt)  # type: ignore[list-item]
@@ -139,11 +142,14 @@ class Engine(EngineCore):
         with Driver(self) as driver:
             runs = [driver.submit(request, chosen) for request in requests]
             driver.run()
-        for run in runs:
-            if run.error is not None:
-                raise run.error
         outputs = [self.collect(run, extract_answer) for run in runs]
-        return outputs[0] if _is_one(prompt) and num_samples == 1 else outputs
+        is_single = _is_one(prompt) and num_samples == 1
+        errors = {place: run.error for place, run in enumerate(runs) if run.error is not None}
+        for error in errors.values():
+            if is_single:
+                raise error
+            raise GenerateError(outputs, errors) from error
+        return outputs[0] if is_single else outputs
 
 
 def _is_one(prompt: "Prompt | Sequence[Prompt]") -> bool:

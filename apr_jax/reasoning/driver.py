@@ -26,35 +26,8 @@ from apr_jax.reasoning.program import (
     Spawn,
     Wait,
 )
+from apr_jax.reasoning.run import Run as Run
 from apr_jax.types import OutOfPages, SamplingParams
-
-
-@dataclasses.dataclass(eq=False)
-class Run:
-    """One request on its way.
-
-    Attributes:
-      degraded: (thread, reason) for all that did not go as the format wants, in order.
-      finish_reason: why the root ended; None while it runs.
-      error: what the program raised; the request ended there.
-    """
-
-    request: Request
-    program: Program
-    root: Thread
-    budget: Budget
-    started_s: float
-    first: Append | Fork | None  # what to do once the prompt is prefilled
-    ended_s: float = 0.0
-    ended: set[int] = dataclasses.field(default_factory=set)  # ids of threads that Finish was said for
-    starved: set[int] = dataclasses.field(default_factory=set)  # ids of threads with nothing left to sample
-    degraded: list[tuple[Thread, str]] = dataclasses.field(default_factory=list)
-    finish_reason: str | None = None
-    error: Exception | None = None
-
-    @property
-    def wall_s(self) -> float:
-        return (self.ended_s or time.perf_counter()) - self.started_s
 
 
 class Driver:
@@ -83,9 +56,13 @@ class Driver:
         """Takes a request in; it runs with the next step.
 
         Raises:
-          ValueError: the prompt is empty, longer than the context window, or can never fit the cache.
+          ValueError: the prompt is empty, longer than the context window, or can never fit the cache; or there are
+            more stop ids, the program's included, than the engine takes.
         """
         action = program.start(request)
+        if isinstance(action, Fork):
+            for params in _each_sampling(action):
+                self.core.check_sampling(params)
         window = self.core.model_config.max_position
         max_path = max(0, min(request.sampling.max_new_tokens, window - len(request.token_ids)))
         budget = Budget(request.guards, max_path)
@@ -122,8 +99,7 @@ class Driver:
 
     def cancel(self, run: Run) -> None:
         """Ends a request at once; its pages come free. One that has ended stays as it is."""
-        if run.finish_reason is None:
-            self._end(run, "cancelled")
+        self._end(run, "cancelled")
 
     # What happened.
 
@@ -131,8 +107,10 @@ class Driver:
         try:
             handle(run, *args)
         except Exception as error:
-            run.error = error
-            self._end(run, "error")
+            if run.finish_reason != "cancelled":  # within this very answer: the rest of it can only fail
+                self._end(run, "error")
+                run.error, run.finish_reason = error, "error"
+            self.core.cancel(run.root)  # what an end that failed has left
 
     def _stopped(self, run: Run, thread: Thread) -> None:
         stop = thread.stop
@@ -148,6 +126,8 @@ class Driver:
 
     def _look_after(self, run: Run) -> None:
         """Goes on where no stop says so: threads cancelled from outside, programs that wait for nothing."""
+        if run.finish_reason is not None:
+            return
         if run.root.is_done:
             self._end(run, "cancelled")
             return
@@ -202,6 +182,9 @@ class Driver:
         """The parameters with a budget that keeps the limits; without new ones, the thread's own with what
         is left.
         """
+        if sampling is not None and (reason := self._unsound([sampling])):
+            self._degrade(run, thread, f"its own sampling parameters are kept: {reason}")
+            sampling = dataclasses.replace(thread.sampling, max_new_tokens=sampling.max_new_tokens)
         wanted = thread.budget if sampling is None else sampling.max_new_tokens
         granted = max(0, min(wanted, run.budget.room(thread) - len(tokens)))
         if granted == 0 and (sampling is None or wanted > 0):
@@ -244,8 +227,9 @@ class Driver:
         limit = run.budget.share(thread, action)
         if limit is None:
             return f"too few tokens are left for {len(action.token_lists)} children"
-        count = len(action.token_lists)
-        each = [action.sampling] * count if isinstance(action.sampling, SamplingParams) else action.sampling
+        each = _each_sampling(action)
+        if reason := self._unsound(each):
+            return reason
         room = min(limit.path, limit.total, limit.path if limit.own is None else limit.own)
         params = [
             dataclasses.replace(p, max_new_tokens=min(p.max_new_tokens, room - len(ids)))
@@ -257,6 +241,15 @@ class Driver:
         except OutOfPages as error:
             return str(error)
         run.budget.give(children, limit)
+        return None
+
+    def _unsound(self, sampling: Sequence[SamplingParams]) -> str | None:
+        """Why the engine would refuse these parameters: a program's stops and the request's may be too many."""
+        try:
+            for params in sampling:
+                self.core.check_sampling(params)
+        except ValueError as error:
+            return str(error)
         return None
 
     def _join(self, run: Run, thread: Thread, action: Join) -> None:
@@ -290,14 +283,16 @@ class Driver:
             self._ask_parent(run, thread.parent)
 
     def _end(self, run: Run, reason: str) -> None:
-        root = run.root
-        if reason in ("cancelled", "error") or root.status in WANTS_TO_RUN:
-            self.core.cancel(root)
-        else:
-            self.core.release(root)
+        """Ends a request, once: the first reason counts."""
+        if run.finish_reason is not None:
+            return
         run.finish_reason, run.ended_s = reason, time.perf_counter()
-        self._runs.pop(root.family.id, None)
+        self._runs.pop(run.root.family.id, None)
         self._done.append(run)
+        if reason in ("cancelled", "error") or run.root.status in WANTS_TO_RUN:
+            self.core.cancel(run.root)
+        else:
+            self.core.release(run.root)
 
     # What is recorded.
 
@@ -308,3 +303,9 @@ class Driver:
     def _degrade(self, run: Run, thread: Thread, reason: str) -> None:
         run.degraded.append((thread, reason))
         self.core.emit(events.DegradeEvent, thread, reason=reason)
+
+
+def _each_sampling(action: Fork) -> Sequence[SamplingParams]:
+    """The parameters of each child."""
+    params = action.sampling
+    return [params] * len(action.token_lists) if isinstance(params, SamplingParams) else params

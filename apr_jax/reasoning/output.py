@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Callable
 
 from apr_jax.engine.thread import Thread
-from apr_jax.reasoning.driver import Run
 from apr_jax.reasoning.metrics import Metrics, measure
+from apr_jax.reasoning.run import Run
 from apr_jax.reasoning.text import find_blocks, flatten
 from apr_jax.tokenizers import Tokenizer
 
@@ -44,7 +44,7 @@ class Output:
       threads: the root and all its descendants, oldest first.
       degraded: what did not go as the format wants.
       finish_reason: why the root ended: `eos`, `length`, `context`, `pages`, `stop_id`, `stop_string`,
-        `cancelled`.
+        `cancelled`; `stalled`: the program waited for nothing; `error`: the program raised.
     """
 
     text: str
@@ -56,6 +56,22 @@ class Output:
     program: str
     degraded: list[str]
     finish_reason: str
+
+
+class GenerateError(RuntimeError):
+    """Some requests of a call failed; the others were answered.
+
+    Attributes:
+      outputs: of all requests, in order; a failed one's holds what it gave until then, and ends with `error`.
+      errors: what each failed request raised, by its place in `outputs`.
+    """
+
+    def __init__(self, outputs: list[Output], errors: dict[int, Exception]):
+        place, first = next(iter(errors.items()))
+        what = f"{len(errors)} of {len(outputs)} requests failed, the first is number {place}"
+        super().__init__(f"{what}: {type(first).__name__}: {first}")
+        self.outputs = outputs
+        self.errors = errors
 
 
 def collect(

@@ -8,6 +8,9 @@ from transcripts import Transcripts, assert_all_pages_free, scripted_engine
 from apr_jax.engine import events
 from apr_jax.engine.thread import Status
 from apr_jax.reasoning.driver import Driver
+from apr_jax.reasoning.grammar import GrammarProgram
+from apr_jax.reasoning.grammars.multiverse import MULTIVERSE
+from apr_jax.reasoning.output import GenerateError
 from apr_jax.reasoning.program import (
     Append,
     Cancel,
@@ -252,3 +255,105 @@ def test_released_threads_stay_readable():
         driver.run()
     assert all(thread.status is Status.FINISHED for thread in run.root.family.threads)
     assert engine.collect(run).text == f"{PLAN}<Path>1:{' x' * 20}</Path><Path>2: y</Path><Conclusion> end"
+
+
+@pytest.mark.parametrize("kind", [events.ForkEvent, events.JoinEvent, events.FinishEvent, events.DegradeEvent])
+def test_a_request_ends_once_even_if_a_listener_cancels_it_meanwhile(kind):
+    tokenizer = byte_tokenizer()
+    script = Transcripts(tokenizer, {"": f"{PLAN} end", "0.0": "x</Path>", "0.1": "y"})  # the second has no closer
+    engine = scripted_engine(script, tokenizer)
+    seen = []
+    with Driver(engine) as driver:
+        run = driver.submit(Request(token_ids=[1], sampling=LONG), engine.make_program("multiverse"))
+
+        def cancel(event):
+            if isinstance(event, kind):
+                seen.append(event)
+                driver.cancel(run)
+
+        engine.listeners.append(cancel)
+        done = []
+        while driver.active:
+            done += driver.step()
+        done += driver.step() if engine.has_work else []
+    assert seen and done == [run] and run.error is None
+    ended = isinstance(seen[0], events.FinishEvent) and seen[0].thread_id == run.root.id
+    assert run.finish_reason == ("eos" if ended else "cancelled")
+    assert_all_pages_free(engine)
+
+
+def test_children_with_too_many_stops_degrade():
+    tokenizer = byte_tokenizer()
+    grammar = dataclasses.replace(MULTIVERSE, join="conclusion", conclusion_marker="<Goal>")
+    stops = dataclasses.replace(LONG, stop_ids=(1, 2, 3, 4, 5))  # with two tags and the end: 8; in children 9
+    engine = scripted_engine(Transcripts(tokenizer, {"": f"{PLAN} end"}), tokenizer)
+    out = engine.generate("P", GrammarProgram(grammar, tokenizer), sampling=stops)
+    assert out.text == f"{PLAN} end" and out.finish_reason == "eos" and len(out.threads) == 1
+    (reason,) = out.degraded
+    assert reason.startswith("thread 0: fork refused: 9 stop ids, those of the program's tags")
+    with pytest.raises(ValueError, match=r"10 stop ids, those of the program's tags and .* max_stop_ids is 8"):
+        engine.generate("P", "multiverse", sampling=dataclasses.replace(LONG, stop_ids=(1, 2, 3, 4, 5, 6, 7)))
+    assert_all_pages_free(engine)
+
+
+def test_a_programs_too_many_stops_are_refused_at_the_start_or_left_out():
+    tokenizer = byte_tokenizer()
+    many = SamplingParams(max_new_tokens=9, stop_ids=tuple(range(9)))
+
+    class Stops(Sampler):
+        def start(self, request):
+            return Fork([[]], many) if self.split is Fork else Append(sampling=request.sampling)
+
+        def on_stop(self, thread, stop):
+            return Finish(stop.reason) if thread.num_sampled > 3 else Append(tokenizer.encode("!"), many)
+
+    engine = scripted_engine(Transcripts(tokenizer, {"": "one" * 20}), tokenizer)
+    with pytest.raises(ValueError, match="10 stop ids"):
+        engine.generate("P", Stops(1, None), sampling=LONG)
+    out = engine.generate("P", Stops(1, None, Spawn), sampling=dataclasses.replace(LONG, stop=("o",)))
+    assert out.text == "o!neo" and out.finish_reason == "stop_string"
+    (reason,) = out.degraded
+    assert reason.startswith("thread 0: its own sampling parameters are kept: 10 stop ids")
+    assert_all_pages_free(engine)
+
+
+def test_the_other_outputs_of_a_call_outlive_an_error():
+    tokenizer = byte_tokenizer()
+
+    class Fails(Program):
+        name = "fails"
+        block = None
+
+        def start(self, request):
+            return Append(sampling=request.sampling)
+
+        def on_stop(self, thread, stop):
+            if thread.prompt_ids[-1] == ord("b"):
+                raise KeyError("a bug")
+            return Finish(stop.reason)
+
+        def on_child(self, parent, ended, running):
+            return Wait()
+
+    engine = scripted_engine(Transcripts(tokenizer, {"": "yes"}), tokenizer)
+    with pytest.raises(GenerateError, match="1 of 3 requests failed, the first is number 1: KeyError: 'a bug'") as info:
+        engine.generate(["a", "b", "c"], Fails())
+    outputs, errors = info.value.outputs, info.value.errors
+    assert [out.finish_reason for out in outputs] == ["eos", "error", "eos"]
+    assert [out.text for out in outputs] == ["yes"] * 3
+    assert list(errors) == [1] and info.value.__cause__ is errors[1]
+    assert_all_pages_free(engine)
+
+
+def test_a_spawn_beyond_the_familys_bound_degrades():
+    tokenizer = byte_tokenizer()
+    engine = scripted_engine(Transcripts(tokenizer, {"": "no"}), tokenizer, max_family_pages=6)
+
+    class Refused(Sampler):
+        def on_refused(self, thread, reason):
+            return Append(sampling=LONG)
+
+    out = engine.generate("P", Refused(2, None, Spawn, [[1] * 20, [2] * 20]), sampling=LONG)
+    assert out.text == "no" and out.finish_reason == "eos"
+    assert out.degraded == ["thread 0: fork refused: 11 pages needed, 6 available in the family's bound"]
+    assert_all_pages_free(engine)
