@@ -112,6 +112,8 @@ class EngineConfig:
     max_tail_pages: int = 32  # M: a longer tail is sealed and a new one begun
     item_pages: int = 16  # C
     max_partials: int = 64  # P
+    max_prefill_partials: int = 4  # P in prefill, where a partial is as large as a chunk's output
+    target_runs: int = 1  # runs that fill the chip: longer ones are cut up until there are so many; 1 on CPU
     min_shared_tokens: int = 32  # a shared run shorter than this is read privately
     max_family_pages: int | None = None  # None: the pool's size
     max_stop_ids: int = 8
@@ -130,6 +132,8 @@ class EngineConfig:
             "max_tail_pages",
             "item_pages",
             "max_partials",
+            "max_prefill_partials",
+            "target_runs",
             "max_stop_ids",
             "tensor",
         ):

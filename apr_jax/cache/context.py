@@ -4,6 +4,8 @@ import dataclasses
 import itertools
 from typing import Any
 
+import numpy as np
+
 _segment_ids = itertools.count(1)
 
 
@@ -41,6 +43,16 @@ class Segment:
     host_data: Any = None
     split_into: "tuple[Segment, Segment] | None" = None
     id: int = dataclasses.field(default_factory=lambda: next(_segment_ids))
+    _array: tuple[list[int], np.ndarray] | None = None  # the list of pages it was made from, and `page_array`
+
+    def page_array(self) -> np.ndarray:
+        """A sealed segment's page ids, i32 and read-only. The same array as long as its pages are the same."""
+        assert self.sealed, self
+        if self._array is None or self._array[0] is not self.pages or len(self._array[1]) != len(self.pages):
+            array = np.array(self.pages, np.int32)
+            array.flags.writeable = False
+            self._array = self.pages, array
+        return self._array[1]
 
     @property
     def num_tokens(self) -> int:

@@ -54,6 +54,7 @@ class Loop(ThreadTree):
         super().__init__(model_config, cache_config, engine_config, runner)
         self.tokenizer = tokenizer
         self.plans = PlanBuilder(cache_config, engine_config)
+        self.prefill_plans = PlanBuilder(cache_config, engine_config, engine_config.max_prefill_partials)
 
     # Requests.
 
@@ -124,8 +125,8 @@ class Loop(ThreadTree):
             for items in self.plans.item_buckets(rows):
                 plan = self.plans.build([], rows, config.max_threads, items)
                 self.runner.decode(self._empty_decode_batch(plan))
-        for items in self.plans.item_buckets(config.prefill_rows):
-            plan = self.plans.build([], config.prefill_rows, config.max_threads, items)
+        for items in self.prefill_plans.item_buckets(config.prefill_rows):
+            plan = self.prefill_plans.build([], config.prefill_rows, config.max_threads, items)
             for chunk in self.chunk_buckets:
                 self.runner.prefill(prefill_batch({}, {}, plan, config.max_threads, chunk))
         self.runner.write_pages([0], self.runner.read_pages([0]))  # the null page: nothing is written
@@ -156,7 +157,7 @@ class Loop(ThreadTree):
         by_slot = {slots[t.id]: t for t in threads}
         rows = [(slot, t.context) for slot, t in by_slot.items() if t.context is not None]
         try:
-            plan = self.plans.build(rows, self.config.prefill_rows, self.config.max_threads)
+            plan = self.prefill_plans.build(rows, self.config.prefill_rows, self.config.max_threads, num_queries=chunk)
         except PlanOverflow:
             if len(threads) == 1:
                 raise

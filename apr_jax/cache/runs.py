@@ -1,0 +1,134 @@
+"""Which rows read which sealed pages: the runs of a plan, before they are cut into items.
+
+Letters: N runs, R rows that serve a thread, E entries (a segment read by a run, at a place of a context). Everything
+that is as long as the pages or the contexts is an array: a step has a few milliseconds for 256 threads.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from apr_jax.cache.context import Context, Segment
+
+
+@dataclasses.dataclass(frozen=True)
+class Runs:
+    """Pages that the same rows read. Shared runs come first, outer before inner; then one private run a row.
+
+    Attributes:
+      num_shared: runs [0, num_shared) have several readers; run num_shared + r is row r's own.
+      lo, hi: i64[N] half-open interval of the rows that read the run.
+      num_pages: i64[N] pages of each run, tails left out; a private run may have none.
+      pages, fills: i32[sum of num_pages] page ids and valid tokens in each, run after run.
+      segments: every sealed segment read, once.
+    """
+
+    num_shared: int
+    lo: np.ndarray
+    hi: np.ndarray
+    num_pages: np.ndarray
+    pages: np.ndarray
+    fills: np.ndarray
+    segments: list[Segment]
+
+
+def row_order(contexts: Sequence[Context]) -> list[int]:
+    """The order of rows that makes the readers of a segment of a tree an interval: by the lists of segments.
+
+    Equal lists keep their order.
+    """
+    ids = np.array([segment.id for context in contexts for segment in context.segments], ">i8").tobytes()
+    keys, start = [], 0
+    for context in contexts:  # big-endian bytes sort like the lists, faster
+        end = start + 8 * len(context.segments)
+        keys.append(ids[start:end])
+        start = end
+    return sorted(range(len(contexts)), key=keys.__getitem__)
+
+
+def find_runs(contexts: Sequence[Context], page_size: int, min_shared_tokens: int) -> Runs:
+    """The runs of contexts in row order; their open tails are left out.
+
+    All pages with the same readers form one run: the order of a context's pages does not matter to attention, as
+    positions are in the keys and validity in fills. Runs of fewer than min_shared_tokens are read privately.
+    """
+    held = [[s for s in context.segments if s.sealed and s.token_ids] for context in contexts]
+    segments = {segment.id: segment for row in held for segment in row}
+    lo, hi, entry_ids = _intervals(held)
+    index = {segment_id: i for i, segment_id in enumerate(segments)}
+    entry = np.array([index[segment_id] for segment_id in entry_ids.tolist()], np.int64)
+    found = list(segments.values())
+    num_tokens = np.array([len(segment.token_ids) for segment in found], np.int64)
+
+    # Entries with the same readers: one run, kept if it is long enough.
+    num_rows = len(contexts)
+    shared = np.flatnonzero(hi - lo > 1)
+    intervals, run_of = np.unique(lo[shared] * (num_rows + 1) + num_rows - hi[shared], return_inverse=True)
+    run_tokens = np.bincount(run_of, weights=num_tokens[entry[shared]], minlength=len(intervals))
+    is_kept = run_tokens >= min_shared_tokens
+    kept, num_shared = shared[is_kept[run_of]], int(is_kept.sum())
+    is_private = np.ones(len(entry), bool)
+    is_private[kept] = False
+    private = np.flatnonzero(is_private)
+
+    # Every run's entries, in the order in which contexts first read them; a private one comes once a reader.
+    own, own_row = expand(lo[private], hi[private])
+    run = np.concatenate([(np.cumsum(is_kept) - 1)[run_of[is_kept[run_of]]], num_shared + own_row])
+    entries = np.concatenate([kept, private[own]])
+    order = np.lexsort((entries, run))
+    run, entry = run[order], entry[entries[order]]
+
+    arrays = [segment.page_array() for segment in found]
+    sizes = np.array([len(array) for array in arrays], np.int64)
+    num_pages = np.zeros(num_shared + num_rows, np.int64)
+    np.add.at(num_pages, run, sizes[entry])
+    pages = np.concatenate([arrays[i] for i in entry.tolist()] or [np.zeros(0, np.int32)])
+    fills = np.full(len(pages), page_size, np.int32)
+    fills[np.cumsum(sizes[entry]) - 1] = (num_tokens - (sizes - 1) * page_size)[entry]
+    rows = np.arange(num_rows)
+    shared_lo, shared_hi = intervals[is_kept] // (num_rows + 1), num_rows - intervals[is_kept] % (num_rows + 1)
+    return Runs(
+        num_shared=num_shared,
+        lo=np.concatenate([shared_lo, rows]),
+        hi=np.concatenate([shared_hi, rows + 1]),
+        num_pages=num_pages,
+        pages=pages,
+        fills=fills,
+        segments=found,
+    )
+
+
+def _intervals(held: Sequence[Sequence[Segment]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The intervals of rows that read each segment, twice those that hold it twice, ordered by their first place.
+
+    Returns:
+      lo, hi, segment_id: i64[E].
+    """
+    ids = np.array([segment.id for row in held for segment in row], np.int64)
+    rows = np.repeat(np.arange(len(held)), [len(row) for row in held])
+    order = np.argsort(ids, kind="stable")  # by segment, then by row, then by place
+    ids, rows = ids[order], rows[order]
+    again = np.zeros(len(ids), bool)
+    again[1:] = (ids[1:] == ids[:-1]) & (rows[1:] == rows[:-1])
+    nth = np.zeros(len(ids), np.int64)
+    if again.any():
+        place = np.arange(len(ids))
+        nth = place - np.maximum.accumulate(np.where(again, 0, place))
+        by_nth = np.lexsort((rows, nth, ids))
+        order, ids, rows, nth = order[by_nth], ids[by_nth], rows[by_nth], nth[by_nth]
+    first = np.ones(len(ids), bool)
+    first[1:] = (ids[1:] != ids[:-1]) | (nth[1:] != nth[:-1]) | (rows[1:] != rows[:-1] + 1)
+    starts = np.flatnonzero(first)
+    ends = np.append(starts[1:], len(ids))
+    by_place = np.argsort(order[starts])
+    starts, ends = starts[by_place], ends[by_place]
+    return rows[starts], rows[ends - 1] + 1, ids[starts]
+
+
+def expand(lo: np.ndarray, hi: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """All (i, j) with lo[i] <= j < hi[i], ordered by i, then j: two arrays."""
+    counts = hi - lo
+    which = np.repeat(np.arange(len(lo)), counts)
+    ends = np.cumsum(counts)
+    return which, np.arange(len(which)) - (ends - counts - lo)[which]
