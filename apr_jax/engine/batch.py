@@ -165,9 +165,10 @@ def decode_batch(
         floats["top_p"][row] = params.top_p
         floats["min_p"][row] = params.min_p
         floats["repetition_penalty"][row] = params.repetition_penalty
-        stops = list(params.stop_ids) + ([] if params.ignore_eos else [i for i in eos_ids if i not in params.stop_ids])
+        drained = list(dict.fromkeys(params.stop_ids))
+        stops = drained + ([] if params.ignore_eos else [i for i in dict.fromkeys(eos_ids) if i not in drained])
         stop_ids[row, : len(stops)] = stops
-        drain[row, : len(params.stop_ids)] = True
+        drain[row, : len(drained)] = True
         banned_ids[row, : len(params.banned_ids)] = params.banned_ids
         key[row] = thread.key()
         wants_logprobs[row] = params.logprobs

@@ -18,7 +18,13 @@ from apr_jax.types import SamplingParams
 
 @dataclasses.dataclass
 class EngineStats:
-    """Counts since the engine was made. A round trip is one fetch from the device that the host waits for."""
+    """Counts since the engine was made.
+
+    Attributes:
+      num_round_trips: fetches from the device that the host waits for.
+      max_unused_slots: slots of pages in use that hold no token, as a segment ends within a page; the most after
+        any step.
+    """
 
     num_steps: int = 0
     num_prefill_dispatches: int = 0
@@ -26,6 +32,7 @@ class EngineStats:
     num_round_trips: int = 0
     prefill_tokens: int = 0
     decode_tokens: int = 0
+    max_unused_slots: int = 0
 
 
 P = ParamSpec("P")
@@ -192,6 +199,7 @@ class ThreadTree:
         )
 
     def _emit_step(self) -> None:
+        self.stats.max_unused_slots = max(self.stats.max_unused_slots, self.cache.num_unused_slots)
         for family in self.scheduler.families.values():
             pages = self.scheduler.family_pages(family)
             family.counters.peak_pages = max(family.counters.peak_pages, pages)

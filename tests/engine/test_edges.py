@@ -318,3 +318,25 @@ def test_a_stop_that_is_sampled_from_after_all_is_no_flush(how):
         engine.join(root, [child], mode="select", sampling=up_to(2))
         assert counters.flush_tokens == 1, "the root's, which was sealed"
     assert_clean(engine)
+
+
+def test_unused_slots_are_measured():
+    engine = make_engine(page_size=4, prefix_cache=False)
+    root = stopped_root(engine, [1] * 6, 0)  # 5 tokens have keys: 3 slots of the second page are unused
+    assert engine.cache.num_unused_slots == engine.stats.max_unused_slots == 3
+    engine.fork(root, [[5], [6, 7]], sampling=up_to(2))  # the sixth is fed: 2 are unused
+    engine.run()
+    # The first child feeds 5 and a sampled token, the second 6, 7 and a sampled token.
+    assert engine.cache.num_unused_slots == engine.stats.max_unused_slots == 2 + 2 + 1
+    engine.cancel(root)
+    assert engine.cache.num_unused_slots == 0 and engine.stats.max_unused_slots == 5
+    assert_clean(engine)
+
+
+def test_a_stop_id_given_twice_is_one():
+    engine = make_engine(max_stop_ids=2)
+    sampling = SamplingParams(max_new_tokens=60, stop_ids=(110, 111, 110, 111), ignore_eos=True)
+    root = engine.submit([1, 2], sampling=sampling)
+    engine.run()
+    assert root.stop.reason == "stop_id" and root.token_ids[-1] == 110 and not root.pending
+    assert_clean(engine)
