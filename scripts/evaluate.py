@@ -16,12 +16,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import cli
+import sampling_flags
 from absl import flags
 from json_output import check_output_path, write_json
 from loading import load_engine
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from sampling_flags import sampling_params
 
 from apr_jax import Engine, SamplingParams
 from apr_jax.config import check
@@ -40,22 +42,13 @@ _CHECKPOINT = flags.DEFINE_string(
 _PROGRAM = flags.DEFINE_list("program", ["sequential", "multiverse"], f"Any of {', '.join(PROGRAM_NAMES)}.")
 _NUM_PROBLEMS = flags.DEFINE_integer("num_problems", 100, "Problems a program.")
 _SEED = flags.DEFINE_integer("seed", HELD_OUT_SEED, "Of the problems and of sampling.")
-_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 1024, "Bounds the critical path.")
-_TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 is greedy.")
-_TOP_P = flags.DEFINE_float("top_p", 1.0, "1 keeps all tokens.")
-_TOP_K = flags.DEFINE_integer("top_k", 0, "0 keeps all tokens.")
 _MAX_THREADS = flags.DEFINE_integer("max_threads", 32, "Threads that run side by side.")
+flags.adopt_module_key_flags(sampling_flags)
 _OUTPUT_JSON = flags.DEFINE_string("output_json", None, "Write the results into this file.")
 
 
 def main() -> None:
-    sampling = SamplingParams(
-        temperature=_TEMPERATURE.value,
-        top_p=_TOP_P.value,
-        top_k=_TOP_K.value,
-        max_new_tokens=_MAX_NEW_TOKENS.value,
-        seed=_SEED.value,
-    )
+    sampling = sampling_params(_SEED.value)
     names = list(dict.fromkeys(_PROGRAM.value))
     check(bool(names), f"--program is empty, name some of {', '.join(PROGRAM_NAMES)}")
     for name in names:
@@ -128,6 +121,7 @@ def _evaluate(
         "accuracy_se": math.sqrt(accuracy * (1 - accuracy) / len(done)),
         "well_formed": sum(task.well_formed(output.text) for output in done) / len(done),
         "degraded": sum(bool(output.degraded) for output in done) / len(done),
+        "ended_by_length": sum(output.finish_reason in ("length", "context") for output in done),
         "forked": sum(len(output.threads) > 1 for output in done) / len(done),
         **metrics,
         "run_s": run_s,
@@ -151,6 +145,7 @@ def _table(results: dict[str, dict[str, float]]) -> Table:
         ("well-formed", lambda r: f"{r['well_formed']:.1%}"),
         ("forked", lambda r: f"{r['forked']:.1%}"),
         ("degraded", lambda r: f"{r['degraded']:.1%}"),
+        ("runs ended by length", lambda r: f"{r['ended_by_length']}"),
         ("tokens", lambda r: f"{r['total_tokens']:.1f}"),
         ("critical path", lambda r: f"{r['critical_path_tokens']:.1f}"),
         ("acceleration ratio", lambda r: f"{r['acceleration_ratio']:.3f}"),

@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import cli
+import sampling_flags
 from absl import flags
 from json_output import check_output_path, write_json
 from loading import load_engine
 from rich.console import Console
 from rich.table import Table
+from sampling_flags import sampling_params
 from thread_view import LiveView, PlainView, ThreadView
 
 from apr_jax import Engine, SamplingParams
@@ -39,25 +41,15 @@ _CHECKPOINT = flags.DEFINE_string(
 _PROMPT = flags.DEFINE_string("prompt", None, "The prompt; by default the preset's built-in problem.")
 _PROGRAM = flags.DEFINE_enum("program", "multiverse", PROGRAM_NAMES, "What decides when to fork and join.")
 _NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "Answers, with seeds --seed, --seed + 1, ...")
-_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 1024, "Bounds the critical path.")
-_TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 is greedy.")
-_TOP_P = flags.DEFINE_float("top_p", 1.0, "1 keeps all tokens.")
-_TOP_K = flags.DEFINE_integer("top_k", 0, "0 keeps all tokens.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of the first sample.")
 _TENSOR = flags.DEFINE_integer("tensor", 1, "Devices that the model is split over.")
+flags.adopt_module_key_flags(sampling_flags)
 _OUTPUT_JSON = flags.DEFINE_string("output_json", None, "Write the result into this file.")
 
 
 def main() -> None:
-    sampling = SamplingParams(
-        temperature=_TEMPERATURE.value,
-        top_p=_TOP_P.value,
-        top_k=_TOP_K.value,
-        max_new_tokens=_MAX_NEW_TOKENS.value,
-        seed=_SEED.value,
-    )
+    sampling = sampling_params(_SEED.value)
     check(_NUM_SAMPLES.value >= 1, f"--num_samples={_NUM_SAMPLES.value}, must be >= 1")
-    check(_MAX_NEW_TOKENS.value >= 1, f"--max_new_tokens={_MAX_NEW_TOKENS.value}, must be >= 1")
     check(_TENSOR.value == 1, f"--tensor={_TENSOR.value}, must be 1: this engine runs on one device")
     checkpoint_directory(Path(_CHECKPOINT.value).expanduser())  # refused before anything else is asked for
     task = TASKS.get(Path(_CHECKPOINT.value).name)
@@ -65,7 +57,7 @@ def main() -> None:
     output_path = check_output_path(_OUTPUT_JSON.value) if _OUTPUT_JSON.value else None
     engine = load_engine(_CHECKPOINT.value)
     with cli.profile():
-        outputs = _generate(engine, prompt, sampling)
+        outputs, error = _generate(engine, prompt, sampling)
     problem = task.problem_of(prompt) if task is not None else None
     verdicts = [
         task.check(problem, output.text) if task is not None and problem is not None else None for output in outputs
@@ -74,10 +66,14 @@ def main() -> None:
     for output, verdict in zip(outputs, verdicts, strict=True):
         _show(console, output, verdict)
     console.print(_metrics_table(outputs))
+    unused, page_size = engine.stats.max_unused_slots, engine.cache.page_size
+    console.print(f"unused slots in pages of {page_size}: {unused:,} at most", highlight=False, soft_wrap=True)
     if output_path is not None:
         objects = [_as_object(o, v) for o, v in zip(outputs, verdicts, strict=True)]
         samples = {"samples": objects} if len(objects) > 1 else {}
         write_json(output_path, objects[0] | samples)
+    if error is not None:
+        raise error
 
 
 def _read_prompt(task: Task | None) -> str:
@@ -91,8 +87,8 @@ def _read_prompt(task: Task | None) -> str:
     return task.prompt(problem, _PROGRAM.value) if task is not None and problem is not None and bare else prompt
 
 
-def _generate(engine: Engine, prompt: str, sampling: SamplingParams) -> list[Output]:
-    """Runs all samples side by side and shows them."""
+def _generate(engine: Engine, prompt: str, sampling: SamplingParams) -> tuple[list[Output], Exception | None]:
+    """Runs all samples side by side and shows them; the first error of one, if any."""
     view = ThreadView(engine.tokenizer)
     engine.listeners.append(view)
     program, token_ids = engine.make_program(_PROGRAM.value), engine.encode_prompt(prompt)
@@ -114,10 +110,8 @@ def _generate(engine: Engine, prompt: str, sampling: SamplingParams) -> list[Out
         else:
             engine.listeners.append(PlainView(view, lambda line: print(line, flush=True)))
             driver.run()
-    for run in runs:
-        if run.error is not None:
-            raise run.error
-    return [engine.collect(run) for run in runs]
+    error = next((run.error for run in runs if run.error is not None), None)
+    return [engine.collect(run) for run in runs], error
 
 
 def _show(console: Console, output: Output, verdict: Verdict | None) -> None:

@@ -4,6 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from apr_jax.tasks.countdown_format import vocabulary
+from apr_jax.testing import tiny_config, tiny_decoder
+from apr_jax.train.export import export_countdown
+
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 
 
@@ -17,3 +21,12 @@ def _own_compile_cache(tmp_path_factory):
         del os.environ["XDG_CACHE_HOME"]
     else:
         os.environ["XDG_CACHE_HOME"] = earlier
+
+
+@pytest.fixture(scope="session")
+def countdown(tmp_path_factory):
+    """Random weights with the embedded model's name, vocabulary and task."""
+    directory = tmp_path_factory.mktemp("models") / "countdown"
+    config = tiny_config(vocab_size=len(vocabulary()), bos_id=1, eos_ids=(2,), tie_embeddings=True)
+    export_countdown(directory, tiny_decoder(config))
+    return directory

@@ -1,25 +1,13 @@
 """convert_hf.py and export_hf.py as a person runs them."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from command import run
 
 from apr_jax.models.checkpoint import load_checkpoint, load_decoder
 from apr_jax.models.hf import export_hf, load_hf
 from apr_jax.models.params import named_params
 from apr_jax.testing import byte_tokenizer, tiny_config, tiny_decoder
 from apr_jax.tokenizers import BYTE_TOKENIZER_FILE
-
-SCRIPTS = Path(__file__).parents[2] / "scripts"
-
-
-def run(script, *args):
-    done = subprocess.run(
-        [sys.executable, SCRIPTS / script, *map(str, args)], capture_output=True, text=True, timeout=120
-    )
-    return done.returncode, done.stdout, done.stderr
 
 
 @pytest.fixture

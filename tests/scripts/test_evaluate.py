@@ -1,40 +1,18 @@
 """evaluate.py as a person runs it, on random weights."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
+import re
 
 import pytest
+from command import run
 
-from apr_jax.tasks.countdown_format import vocabulary
-from apr_jax.testing import tiny_config, tiny_decoder
-from apr_jax.train.export import export_countdown
-
-SCRIPTS = Path(__file__).parents[2] / "scripts"
-
-
-def run(*args):
-    done = subprocess.run(
-        [sys.executable, SCRIPTS / "evaluate.py", *map(str, args)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    return done.returncode, done.stdout, done.stderr
-
-
-@pytest.fixture(scope="module")
-def countdown(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("models") / "countdown"
-    config = tiny_config(vocab_size=len(vocabulary()), bos_id=1, eos_ids=(2,), tie_embeddings=True)
-    export_countdown(directory, tiny_decoder(config))
-    return directory
+from apr_jax.models.checkpoint import checkpoint_directory
 
 
 def test_every_program_gets_its_means(tmp_path, countdown):
     path = tmp_path / "out.json"
     code, out, err = run(
+        "evaluate.py",
         f"--checkpoint={countdown}",
         "--num_problems=5",
         "--seed=3",
@@ -50,8 +28,16 @@ def test_every_program_gets_its_means(tmp_path, countdown):
     for result in content["programs"].values():
         assert result["accuracy"] == result["accuracy_se"] == result["well_formed"] == 0
         assert 0 < result["critical_path_tokens"] <= result["total_tokens"] <= 8
-        assert result["num_threads"] == 1
+        assert result["num_threads"] == 1 and result["ended_by_length"] == 5
+    assert re.search(r"runs ended by length │ +5 │ +5 │", out)
     assert "5/5" in out and "0.0% ± 0.0%" in out
+
+
+def test_nothing_that_fits_the_embedded_model_is_cut_by_default():
+    config = json.loads((checkpoint_directory("countdown") / "config.json").read_text())
+    code, out, _ = run("evaluate.py", "--help")
+    found = re.search(r"--max_new_tokens: .*?default: '(\d+)'", out, re.DOTALL)
+    assert code == 0 and found and int(found[1]) >= config["max_position_embeddings"]
 
 
 @pytest.mark.parametrize(
@@ -64,6 +50,6 @@ def test_every_program_gets_its_means(tmp_path, countdown):
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(args, message):
-    code, _, err = run(*args)
+    code, _, err = run("evaluate.py", *args)
     assert code == 2 and len(err.splitlines()) == 1, err
     assert err.startswith("error: ") and message in err

@@ -1,18 +1,14 @@
 """generate.py as a person runs it, on models of the real formats with random weights."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
+import re
 
 import pytest
+from command import run
 
 from apr_jax.models.hf import export_hf
-from apr_jax.tasks.countdown_format import vocabulary
 from apr_jax.testing import byte_tokenizer, tiny_config, tiny_decoder
-from apr_jax.train.export import export_countdown
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
 METRICS = [
     "total_tokens",
     "overshoot_tokens",
@@ -29,16 +25,6 @@ METRICS = [
 ]
 
 
-def run(*args):
-    done = subprocess.run(
-        [sys.executable, SCRIPTS / "generate.py", *map(str, args)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    return done.returncode, done.stdout, done.stderr
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     directory = tmp_path_factory.mktemp("models") / "tiny"
@@ -46,18 +32,11 @@ def model(tmp_path_factory):
     return directory
 
 
-@pytest.fixture(scope="module")
-def countdown(tmp_path_factory):
-    """Random weights with the embedded model's name, vocabulary and task."""
-    directory = tmp_path_factory.mktemp("models") / "countdown"
-    config = tiny_config(vocab_size=len(vocabulary()), bos_id=1, eos_ids=(2,), tie_embeddings=True)
-    export_countdown(directory, tiny_decoder(config))
-    return directory
-
-
 def test_one_object_with_every_key(tmp_path, model):
     path = tmp_path / "out.json"
-    code, out, err = run(f"--checkpoint={model}", "--prompt=Hello", "--max_new_tokens=20", f"--output_json={path}")
+    code, out, err = run(
+        "generate.py", f"--checkpoint={model}", "--prompt=Hello", "--max_new_tokens=20", f"--output_json={path}"
+    )
     assert code == 0, err
     content = json.loads(path.read_text())
     assert list(content) == ["text", "answer", "correct", "program", "threads", "metrics"]
@@ -71,12 +50,14 @@ def test_one_object_with_every_key(tmp_path, model):
     assert lines[0] == "prompt: Hello"
     assert any(line.startswith("thread 0: ") for line in lines)
     assert any("critical_path_tokens" in line for line in lines)
+    assert any(re.search(r"unused slots in pages of 16: \d+ at most", line) for line in lines)
 
 
 def test_samples_differ_and_are_reproducible(tmp_path, countdown):
     contents = []
     for name in ("a.json", "b.json"):
         code, out, err = run(
+            "generate.py",
             f"--checkpoint={countdown}",
             "--prompt=3 5 7 11 -> 26",
             "--program=sequential",
@@ -103,6 +84,7 @@ def test_samples_differ_and_are_reproducible(tmp_path, countdown):
         (("--prompt=" + "x" * 128,), "the prompt has 129 tokens, the context window is 128"),
         (("--prompt=x", "--program=mutliverse"), "flag --program=mutliverse: value should be one of"),
         (("--prompt=x", "--temperature=-0.5"), "temperature is -0.5, must be >= 0"),
+        (("--prompt=x", "--max_new_tokens=0"), "--max_new_tokens=0, must be >= 1"),
         (("--prompt=x", "--top_p=0"), "top_p is 0.0, must be in (0, 1]"),
         (("--prompt=x", "--num_samples=0"), "--num_samples=0, must be >= 1"),
         (("--prompt=x", "--tensor=2"), "--tensor=2, must be 1"),
@@ -115,7 +97,7 @@ def test_samples_differ_and_are_reproducible(tmp_path, countdown):
 )
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, model, args, message):
     given = [arg.replace("{folder}", str(tmp_path)) for arg in args]
-    code, _, err = run(f"--checkpoint={model}", *given, f"--output_json={tmp_path / 'out.json'}", *given)
+    code, _, err = run("generate.py", f"--checkpoint={model}", *given, f"--output_json={tmp_path / 'out.json'}", *given)
     lines = [line for line in err.splitlines() if not line.startswith("I")]
     assert code == 2 and len(lines) == 1, err
     assert lines[0].startswith("error: ") and message in lines[0]
