@@ -69,8 +69,7 @@ class EngineCore(StoppedThreads):
           ValueError: no child, or the thread has not stopped, or was marked and has not gone on.
           OutOfPages: the children cannot fit the family's bound.
         """
-        self._check_status(thread, Status.STOPPED)
-        check(not thread.marks, f"thread {thread.id} was marked: it goes on with append before it forks")
+        self._check_may_fork(thread)
         lists = [self._checked_ids(ids) for ids in token_lists]
         params = self._one_each(sampling, len(lists))
         bound = self.scheduler.max_family_pages
@@ -113,8 +112,7 @@ class EngineCore(StoppedThreads):
           ValueError: a prompt is empty or longer than the context window, or the thread has not stopped.
           OutOfPages: the prompts cannot fit the family's bound.
         """
-        self._check_status(thread, Status.STOPPED)
-        check(not thread.marks, f"thread {thread.id} was marked: it goes on with append before it forks")
+        self._check_may_fork(thread)
         lists = [self._checked_ids(ids) for ids in prompts]
         window = self.model_config.max_position
         for ids in lists:

@@ -65,6 +65,10 @@ class StoppedThreads(Loop):
             f"thread {thread.id} is {thread.status.value}, must be {wanted.value} for this",
         )
 
+    def _check_may_fork(self, thread: Thread) -> None:
+        self._check_status(thread, Status.STOPPED)
+        check(not thread.marks, f"thread {thread.id} was marked: it goes on with append before it forks")
+
     def _unfeed_last(self, thread: Thread) -> None:
         """Takes back the keys of the thread's last token, so that it can be sampled from."""
         context = thread.context
