@@ -6,39 +6,18 @@ in one ends that request only. Whatever happens, a request that has ended holds 
 
 import dataclasses
 import time
-from collections.abc import Sequence
 
-from apr_jax.engine import events
-from apr_jax.engine.engine import EngineCore
 from apr_jax.engine.thread import WANTS_TO_RUN, Status, Stop, Thread
+from apr_jax.reasoning.answers import Answers, each_sampling
 from apr_jax.reasoning.budget import Budget
-from apr_jax.reasoning.program import (
-    Action,
-    Append,
-    Cancel,
-    Finish,
-    Fork,
-    Join,
-    Keep,
-    Mark,
-    Program,
-    Request,
-    Spawn,
-    Wait,
-)
+from apr_jax.reasoning.program import Action, Append, Fork, Program, Request
 from apr_jax.reasoning.run import Run as Run
-from apr_jax.types import OutOfPages, SamplingParams
 
 
-class Driver:
+class Driver(Answers):
     """Serves requests over one engine. Use as a context manager: what has not ended at the exit is
     cancelled.
     """
-
-    def __init__(self, core: EngineCore):
-        self.core = core
-        self._runs: dict[int, Run] = {}
-        self._done: list[Run] = []
 
     def __enter__(self) -> "Driver":
         return self
@@ -61,7 +40,7 @@ class Driver:
         """
         action = program.start(request)
         if isinstance(action, Fork):
-            for params in _each_sampling(action):
+            for params in each_sampling(action):
                 self.core.check_sampling(params)
         window = self.core.model_config.max_position
         max_path = max(0, min(request.sampling.max_new_tokens, window - len(request.token_ids)))
@@ -139,173 +118,3 @@ class Driver:
         if run.finish_reason is None and not any(t.status in WANTS_TO_RUN for t in threads):
             self._degrade(run, run.root, "the program waits for nothing")
             self._end(run, "stalled")
-
-    def _ask_parent(self, run: Run, parent: Thread) -> None:
-        """Asks until the program stops cancelling children."""
-        for _ in range(len(parent.children) + 1):
-            alive = [child for child in parent.children if not child.is_done]
-            ended = [child for child in alive if child.id in run.ended]
-            running = [child for child in alive if child.id not in run.ended]
-            action = run.program.on_child(parent, ended, running)
-            if not isinstance(action, Keep | Cancel):
-                break
-            self._note(run, parent, action)
-            keep = isinstance(action, Keep)
-            for child in alive:
-                if (child in action.children) is not keep:
-                    self.core.cancel(child)
-        self._apply(run, parent, action)
-
-    # What to do.
-
-    def _apply(self, run: Run, thread: Thread, action: Action) -> None:
-        self._note(run, thread, action)
-        match action:
-            case Append():
-                self._append(run, thread, action.tokens, action.sampling)
-            case Mark():
-                self._mark(run, thread, action)
-            case Fork():
-                self._fork(run, thread, action)
-            case Join():
-                self._join(run, thread, action)
-            case Finish():
-                self._finish(run, thread, action.reason)
-            case Wait():
-                pass
-            case _:
-                raise TypeError(f"program {run.program.name} answered {action!r} for {thread}")
-
-    def _granted(
-        self, run: Run, thread: Thread, tokens: Sequence[int], sampling: SamplingParams | None
-    ) -> SamplingParams:
-        """The parameters with a budget that keeps the limits; without new ones, the thread's own with what
-        is left.
-        """
-        if sampling is not None and (reason := self._unsound([sampling])):
-            self._degrade(run, thread, f"its own sampling parameters are kept: {reason}")
-            sampling = dataclasses.replace(thread.sampling, max_new_tokens=sampling.max_new_tokens)
-        wanted = thread.budget if sampling is None else sampling.max_new_tokens
-        granted = max(0, min(wanted, run.budget.room(thread) - len(tokens)))
-        if granted == 0 and (sampling is None or wanted > 0):
-            run.starved.add(thread.id)
-        else:
-            run.starved.discard(thread.id)
-        return dataclasses.replace(sampling or thread.sampling, max_new_tokens=granted)
-
-    def _append(self, run: Run, thread: Thread, tokens: Sequence[int], sampling: SamplingParams | None) -> None:
-        self.core.append(thread, tokens, sampling=self._granted(run, thread, tokens, sampling))
-
-    def _mark(self, run: Run, thread: Thread, action: Mark) -> None:
-        self.core.mark(thread)
-        self._append(run, thread, (), action.sampling)
-
-    def _fork(self, run: Run, thread: Thread, action: Fork) -> None:
-        bound = run.request.guards.max_fan_out
-        if len(action.token_lists) > bound:
-            self._degrade(run, thread, f"fork into {len(action.token_lists)} children cut to max_fan_out = {bound}")
-            params = action.sampling
-            action = dataclasses.replace(
-                action,
-                token_lists=action.token_lists[:bound],
-                sampling=params if isinstance(params, SamplingParams) else params[:bound],
-            )
-        reason = self._try_fork(run, thread, action)
-        if reason is not None:
-            self._degrade(run, thread, f"fork refused: {reason}")
-            answer = run.program.on_refused(thread, reason)
-            assert isinstance(answer, Append | Finish), f"on_refused answered {answer!r}"
-            self._apply(run, thread, answer)
-
-    def _try_fork(self, run: Run, thread: Thread, action: Fork) -> str | None:
-        """Forks, or says why not."""
-        guards = run.request.guards
-        if len(thread.path) >= guards.max_depth:
-            return f"depth {len(thread.path) + 1} is beyond max_depth = {guards.max_depth}"
-        if thread.num_forks >= guards.max_rounds:
-            return f"it would be fork {thread.num_forks + 1} of its thread, max_rounds is {guards.max_rounds}"
-        limit = run.budget.share(thread, action)
-        if limit is None:
-            return f"too few tokens are left for {len(action.token_lists)} children"
-        each = _each_sampling(action)
-        if reason := self._unsound(each):
-            return reason
-        room = min(limit.path, limit.total, limit.path if limit.own is None else limit.own)
-        params = [
-            dataclasses.replace(p, max_new_tokens=min(p.max_new_tokens, room - len(ids)))
-            for p, ids in zip(each, action.token_lists, strict=True)
-        ]
-        try:
-            split = self.core.spawn if isinstance(action, Spawn) else self.core.fork
-            children = split(thread, action.token_lists, sampling=params)
-        except OutOfPages as error:
-            return str(error)
-        run.budget.give(children, limit)
-        return None
-
-    def _unsound(self, sampling: Sequence[SamplingParams]) -> str | None:
-        """Why the engine would refuse these parameters: a program's stops and the request's may be too many."""
-        try:
-            for params in sampling:
-                self.core.check_sampling(params)
-        except ValueError as error:
-            return str(error)
-        return None
-
-    def _join(self, run: Run, thread: Thread, action: Join) -> None:
-        children = list(action.children)
-        params = self._granted(run, thread, action.tokens, action.sampling)
-        while True:
-            try:
-                self.core.join(thread, children, mode=action.mode, tokens=action.tokens, sampling=params)
-                break
-            except OutOfPages as error:
-                if not children:
-                    raise
-                last = children.pop()
-                self.core.cancel(last)
-                self._degrade(run, thread, f"child {len(children) + 1} left out of the join: {error}")
-        answer = run.program.on_joined(thread)
-        if not isinstance(answer, Wait):
-            assert isinstance(answer, Finish) and thread is run.root, f"on_joined answered {answer!r}"
-            self._finish(run, thread, answer.reason)
-
-    def _finish(self, run: Run, thread: Thread, reason: str) -> None:
-        if thread is run.root:
-            out_of_window = len(run.request.token_ids) + run.request.sampling.max_new_tokens
-            if reason == "length" and out_of_window > self.core.model_config.max_position:
-                reason = "context"
-            self._end(run, reason)
-            return
-        run.ended.add(thread.id)
-        assert thread.parent is not None
-        if thread.parent.status is Status.FORKED:
-            self._ask_parent(run, thread.parent)
-
-    def _end(self, run: Run, reason: str) -> None:
-        """Ends a request, once: the first reason counts."""
-        if run.finish_reason is not None:
-            return
-        run.finish_reason, run.ended_s = reason, time.perf_counter()
-        self._runs.pop(run.root.family.id, None)
-        self._done.append(run)
-        if reason in ("cancelled", "error") or run.root.status in WANTS_TO_RUN:
-            self.core.cancel(run.root)
-        else:
-            self.core.release(run.root)
-
-    # What is recorded.
-
-    def _note(self, run: Run, thread: Thread, action: Action) -> None:
-        for reason in action.degraded:
-            self._degrade(run, thread, reason)
-
-    def _degrade(self, run: Run, thread: Thread, reason: str) -> None:
-        run.degraded.append((thread, reason))
-        self.core.emit(events.DegradeEvent, thread, reason=reason)
-
-
-def _each_sampling(action: Fork) -> Sequence[SamplingParams]:
-    """The parameters of each child."""
-    params = action.sampling
-    return [params] * len(action.token_lists) if isinstance(params, SamplingParams) else params
