@@ -1,7 +1,5 @@
 """The driver: many requests side by side, cancellation, programs that are wrong."""
 
-import dataclasses
-
 import pytest
 from transcripts import Transcripts, assert_all_pages_free, scripted_engine
 
@@ -27,6 +25,24 @@ LONG = SamplingParams(max_new_tokens=300)
 def forking_script(tokenizer):
     texts = {"": f"{PLAN} end", "0.0": " x" * 20 + "</Path>", "0.1": " y</Path>"}
     return Transcripts(tokenizer, texts)
+
+
+class Broken(Program):
+    """Never forks, and fails where a prompt that ends in b stops."""
+
+    name = "broken"
+    block = None
+
+    def start(self, request):
+        return Append(sampling=request.sampling)
+
+    def on_stop(self, thread, stop):
+        if thread.prompt_ids[-1] == ord("b"):
+            raise KeyError("a bug")
+        return Finish(stop.reason)
+
+    def on_child(self, parent, ended, running):
+        return Wait()
 
 
 def test_requests_side_by_side_say_what_each_says_alone():
@@ -89,30 +105,16 @@ def test_a_child_cancelled_from_outside_does_not_hang_its_parent():
 
 def test_an_error_of_a_program_ends_its_request_only():
     tokenizer = byte_tokenizer()
-
-    class Broken(Program):
-        name = "broken"
-        block = None
-
-        def start(self, request):
-            return Append(sampling=dataclasses.replace(request.sampling, max_new_tokens=3))
-
-        def on_stop(self, thread, stop):
-            raise KeyError("a bug")
-
-        def on_child(self, parent, ended, running):
-            return Wait()
-
     engine = scripted_engine(forking_script(tokenizer), tokenizer)
     with Driver(engine) as driver:
-        broken = driver.submit(Request(token_ids=[1], sampling=LONG), Broken())
+        broken = driver.submit(Request(token_ids=[ord("b")], sampling=LONG), Broken())
         sound = driver.submit(Request(token_ids=[2], sampling=LONG), engine.make_program("multiverse"))
         driver.run()
     assert isinstance(broken.error, KeyError) and broken.finish_reason == "error"
     assert sound.error is None and sound.finish_reason == "eos"
     assert_all_pages_free(engine)
     with pytest.raises(KeyError, match="a bug"):
-        engine.generate("P", Broken())
+        engine.generate("b", Broken())
 
 
 def test_leaving_the_driver_cancels_what_still_runs():
@@ -201,25 +203,9 @@ def test_a_request_ends_once_even_if_a_listener_cancels_it_meanwhile(kind):
 
 def test_the_other_outputs_of_a_call_outlive_an_error():
     tokenizer = byte_tokenizer()
-
-    class Fails(Program):
-        name = "fails"
-        block = None
-
-        def start(self, request):
-            return Append(sampling=request.sampling)
-
-        def on_stop(self, thread, stop):
-            if thread.prompt_ids[-1] == ord("b"):
-                raise KeyError("a bug")
-            return Finish(stop.reason)
-
-        def on_child(self, parent, ended, running):
-            return Wait()
-
     engine = scripted_engine(Transcripts(tokenizer, {"": "yes"}), tokenizer)
     with pytest.raises(GenerateError, match="1 of 3 requests failed, the first is number 1: KeyError: 'a bug'") as info:
-        engine.generate(["a", "b", "c"], Fails())
+        engine.generate(["a", "b", "c"], Broken())
     outputs, errors = info.value.outputs, info.value.errors
     assert [out.finish_reason for out in outputs] == ["eos", "error", "eos"]
     assert [out.text for out in outputs] == ["yes"] * 3
