@@ -1,5 +1,7 @@
 """What each backend of paged attention supports, and the block sizes it runs with."""
 
+import dataclasses
+
 import jax.numpy as jnp
 
 from apr_kernels.backends import GPU_HOPPER, GPU_TRITON, REFERENCE, TPU, Target
@@ -31,3 +33,94 @@ def unsupported(backend: str, target: Target, kv_dtype, page_size: int, head_dim
     if name == "float8_e4m3fn" and target.platform == "cuda" and target.compute_capability < (8, 9):
         return "float8_e4m3fn needs compute capability 8.9"
     return None
+
+
+@dataclasses.dataclass(frozen=True)
+class HopperBlocks:
+    """Sizes of the Hopper kernel.
+
+    Attributes:
+      tile: tokens a step of the softmax takes; a multiple or a divisor of the page size.
+      stages: tiles of keys and of values in shared memory.
+      consumers: warpgroups that compute, 64 queries each.
+      consumer_registers, producer_registers: a thread. With the launch's equal share, of 64k in all.
+      ctas: of the persistent grid, one a multiprocessor.
+    """
+
+    tile: int
+    stages: int
+    consumers: int
+    consumer_registers: int = 232
+    producer_registers: int = 40
+    ctas: int = 132
+
+
+def hopper_blocks(head_dim: int) -> HopperBlocks:
+    """The sizes for a head_dim. Shared memory (227 KB) bounds tile * stages; registers bound tile * head_dim."""
+    if head_dim > 128:
+        return HopperBlocks(tile=64, stages=2, consumers=1)
+    return HopperBlocks(tile=128, stages=2 if head_dim == 128 else 3, consumers=2)
+
+
+@dataclasses.dataclass(frozen=True)
+class TpuBlocks:
+    """Sizes of the TPU kernel.
+
+    Attributes:
+      heads: KV heads a grid step takes; a divisor of all.
+      window: queries of a KV head a grid step takes; a multiple of 128.
+      block_pages: pages fetched and attended to at once; a divisor of an item's.
+      buffers: blocks in VMEM at once; all but one are on their way.
+    """
+
+    heads: int
+    window: int
+    block_pages: int
+    buffers: int
+
+
+TPU_VMEM = 10 << 20  # of the 16 MiB that every TPU gives a kernel unasked; the rest is the compiler's
+TPU_IN_FLIGHT = 2 << 20  # about 1.6 TB/s times 1 us: fewer bytes on their way would leave the memory idle
+
+
+def tpu_blocks(
+    num_kv_heads: int,
+    num_queries: int,
+    num_tokens: int,
+    item_pages: int,
+    page_size: int,
+    token_bytes: int,
+    query_bytes: int,
+    cores: int = 1,
+) -> TpuBlocks:
+    """The sizes for a call.
+
+    As many heads share a grid step as fit, so that a page is one copy; with two cores at most half of them. The
+    window then is all queries of a head in decode, and in prefill so many that a page is worth its copy: each
+    window reads its items again, and 1024 queries make 1024 flop a byte in bf16.
+
+    Args:
+      num_queries: of a KV head, all rows together. num_tokens: T.
+      item_pages: C.
+      token_bytes: of a stored token of one head, keys and values.
+      query_bytes: of a query in VMEM, with its output and state.
+      cores: that share a grid.
+    """
+    block_tokens = 256 if num_tokens == 1 else 512
+    block_pages = max(
+        n for n in range(1, item_pages + 1) if item_pages % n == 0 and (n == 1 or n * page_size <= block_tokens)
+    )
+    largest = 2048 if num_tokens == 1 else 1024
+    window = -(-min(num_queries, largest) // 128) * 128
+    divisors = [
+        n for n in range(num_kv_heads, 0, -1) if num_kv_heads % n == 0 and (n * cores <= num_kv_heads or n == 1)
+    ]
+    while True:
+        for heads in divisors:
+            block = heads * block_pages * page_size * token_bytes
+            buffers = min(max(1 + -(-TPU_IN_FLIGHT // block), 2), 8)
+            while buffers > 2 and buffers * block + heads * window * query_bytes > TPU_VMEM:
+                buffers -= 1
+            if buffers * block + heads * window * query_bytes <= TPU_VMEM:
+                return TpuBlocks(heads, window, block_pages, buffers)
+        window = -(-window // 256) * 128
