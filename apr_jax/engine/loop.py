@@ -9,7 +9,8 @@ from typing import Any
 
 from apr_kernels.plan import Plan
 
-from apr_jax.cache.plan_builder import PlanBuilder, PlanOverflow
+from apr_jax.cache.layout import PlanOverflow
+from apr_jax.cache.plan_builder import PlanBuilder
 from apr_jax.config import CacheConfig, EngineConfig, ModelConfig, check
 from apr_jax.engine import events
 from apr_jax.engine.batch import (

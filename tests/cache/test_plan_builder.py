@@ -119,7 +119,7 @@ def test_tails_cover_what_is_reserved():
 def test_item_buckets_hold_what_they_say():
     plans = builder()
     small, large = plans.item_buckets(4)
-    assert 0 < plans.num_shared(4, small) < small < large
+    assert 0 < plans.build([], 4, 8, small).num_shared < small < large
     _, _, contexts = family(prompt=300, children=3, own=2)
     threads = list(enumerate(contexts))
     assert plans.build(threads, 4, 8).num_items == large
@@ -159,3 +159,81 @@ def test_refuses_what_does_not_fit():
         cache.finish_swap_out(segment, pages)
     with pytest.raises(ValueError, match="slot 0 is in host memory"):
         builder().build([(0, contexts[0])], 1, 8)
+
+
+def runs(plan) -> list[int]:
+    """Number of items of each run, in order."""
+    items = {}
+    for w in used(plan):
+        key = (*plan.rows[w].tolist(), int(plan.partial_start[w]))
+        items[key] = items.get(key, 0) + 1
+    return list(items.values())
+
+
+def test_a_long_thread_is_cut_until_it_fills_the_chip():
+    cache = KVCache(CACHE, 8)
+    context = cache.new_context()
+    grow(cache, context, 35 * 4)  # four full tails, sealed: 16 items; three pages in the last: 2
+
+    def build(**settings):
+        return builder(**settings).build([(0, context)], 1, 8)
+
+    assert runs(build(max_partials=8)) == [18]
+    assert runs(build(max_partials=8, target_runs=3)) == [6, 6, 6]
+    assert runs(build(max_partials=8, target_runs=7)) == [3, 3, 3, 3, 3, 3]
+    assert runs(build(max_partials=8, target_runs=1000)) == [3, 3, 3, 3, 3, 3]  # 8 would be cut in 9
+    assert runs(build(max_partials=18, target_runs=1000)) == [1] * 18
+    plan = build(max_partials=8, target_runs=3)
+    check(plan)
+    assert (plan.partials[0] >= 0).sum() == 3
+
+
+def test_a_wide_chunk_fills_the_chip_with_few_runs():
+    cache = KVCache(CACHE, 8)
+    context = cache.new_context()
+    grow(cache, context, 35 * 4)
+    plans = builder(target_runs=6, max_partials=64)
+    assert [len(runs(plans.build([(0, context)], 1, 8, num_queries=n))) for n in (1, 64, 128, 192, 2048)] == [
+        6,
+        6,
+        3,
+        2,
+        1,
+    ]
+
+
+def test_many_short_runs_are_not_cut():
+    _, _, contexts = family(prompt=7, children=6, own=5)
+    plan = builder(target_runs=4).build(list(enumerate(contexts)), 8, 8)
+    assert len(runs(plan)) == 6
+
+
+def test_a_tail_that_takes_pages_patches_copies():
+    cache, _, contexts = family(prompt=21, children=3, own=2)
+    plans, threads = builder(), list(enumerate(contexts))
+    before = plans.build(threads, 4, 8)
+    assert plans.build(threads, 4, 8) is before
+    pages, tail_pages = before.pages.copy(), before.tail_pages.copy()
+    grow(cache, contexts[1], 4)  # a second page, in the tail's first item
+    patched = plans.build(threads, 4, 8)
+    check(patched)
+    assert patched.fills is before.fills and patched.partials is before.partials
+    assert patched.tail_pages[1, :2].tolist() == contexts[1].segments[-1].pages
+    assert (before.pages == pages).all() and (before.tail_pages == tail_pages).all()
+    with pytest.raises(ValueError, match="read-only"):
+        patched.pages[0, 0] = 1
+    grow(cache, contexts[1], 4)  # a third: another item
+    longer = plans.build(threads, 4, 8)
+    check(longer)
+    assert len(used(longer)) == len(used(patched)) + 1
+
+
+def test_a_plan_after_one_that_failed_is_right():
+    cache, _, contexts = family(prompt=21, children=3, own=2)
+    plans, threads = builder(), list(enumerate(contexts))
+    plans.build(threads, 4, 8)
+    grow(cache, contexts[1], 4)
+    with pytest.raises(ValueError, match="slots"):
+        plans.build([*threads[:2], (1, contexts[2])], 4, 8)
+    check(plans.build(threads, 4, 8))
+    assert plans.build(threads, 4, 8).tail_pages[1, :2].tolist() == contexts[1].segments[-1].pages
