@@ -39,7 +39,10 @@ class KVPages:
     Attributes:
       k: [K, N, P, L] rotated keys; key and value in "lane_packed".
       v: [K, N, P, L] values; None in "lane_packed".
-      k_scale, v_scale: f32[K, N, P] what a stored token's numbers are multiplied with; None unless quantised.
+      k_scale, v_scale: f32[K, N, P] what a stored token's numbers are multiplied with; None unless quantised. In
+        the lane formats k_scale is f32[K, N, 1, S], S = max(128, 2 P): the scales of keys in lanes [0, P), of
+        values in lanes [S / 2, S / 2 + P), zeros elsewhere; v_scale is None. A minor dimension of P would be
+        copied as one of D is, and a page's scales are one copy.
       page_size: P.
       num_kv_heads: K.
       head_dim: D.
@@ -97,11 +100,12 @@ def make_kv_pages(
     def zeros():
         return jnp.zeros((*shape, width), dtype)
 
-    def ones():
-        return jnp.ones(shape, jnp.float32) if is_quantised(dtype) else None
-
     v = None if format == LANE_PACKED else zeros()
-    return KVPages(zeros(), v, ones(), ones(), page_size, num_kv_heads, head_dim, format)
+    k_scale = v_scale = None
+    if is_quantised(dtype):
+        k_scale = v_scale = jnp.ones(shape, jnp.float32)
+        k_scale, v_scale = _place_scales(k_scale, v_scale, format)
+    return KVPages(zeros(), v, k_scale, v_scale, page_size, num_kv_heads, head_dim, format)
 
 
 def is_quantised(dtype) -> bool:
@@ -139,7 +143,29 @@ def convert_pages(kv_pages: KVPages, format: str) -> KVPages:
     else:
         padding = [(0, 0)] * 3 + [(0, _width(width, format) - width)]
         k, v = jnp.pad(k, padding), jnp.pad(v, padding)
-    return dataclasses.replace(kv_pages, k=k, v=v, format=format)
+    k_scale, v_scale = kv_pages.k_scale, kv_pages.v_scale
+    if k_scale is not None:
+        if kv_pages.format != HEAD_MAJOR:
+            k_scale, v_scale = (
+                k_scale[:, :, 0, first : first + kv_pages.page_size] for first in (0, k_scale.shape[-1] // 2)
+            )
+        k_scale, v_scale = _place_scales(k_scale, v_scale, format)
+    return dataclasses.replace(kv_pages, k=k, v=v, k_scale=k_scale, v_scale=v_scale, format=format)
+
+
+def lane_scales(k_scale, v_scale):
+    """Scales [..., P] of keys and of values as the lane formats keep them: [..., S]."""
+    page_size = k_scale.shape[-1]
+    half = max(LANES, 2 * page_size) // 2
+    padding = [(0, 0)] * (k_scale.ndim - 1) + [(0, half - page_size)]
+    return jnp.concatenate([jnp.pad(k_scale, padding), jnp.pad(v_scale, padding)], axis=-1)
+
+
+def _place_scales(k_scale, v_scale, format: str):
+    """k_scale and v_scale of a format from f32[K, N, P] each."""
+    if format == HEAD_MAJOR:
+        return k_scale, v_scale
+    return lane_scales(k_scale, v_scale)[:, :, None], None
 
 
 def _width(head_dim: int, format: str) -> int:
