@@ -1,0 +1,208 @@
+"""The Hopper kernel, interpreted here and native on a GPU of compute capability 9.0.
+
+The interpreter takes seconds a case. What the kernel is told (lists of pages, visibility, windows) is checked on all
+cases by a walk of it in numpy.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from apr_kernels import backends, cases
+from apr_kernels.kv_pages import make_kv_pages
+from apr_kernels.kv_update import kv_update
+from apr_kernels.paged_attention import paged_attention
+from apr_kernels.paged_attention.gpu_hopper_windows import HIDDEN, WINDOW_FIELDS, make_windows, prepare
+
+from tests.apr_kernels.oracle import oracle, updated
+
+SIZES = [
+    (case, size) for case in cases.CASES for size in ((8, 16, 64) if case.name in ("joined", "prefill") else (16,))
+]
+FAST = ("first_token_page16", "siblings_page16")
+ALL = [
+    pytest.param(cases.with_page_size(case, size), marks=() if f"{case.name}_page{size}" in FAST else pytest.mark.slow)
+    for case, size in SIZES
+]
+
+
+def on_hopper() -> bool:
+    device = jax.devices()[0]
+    return device.platform == "gpu" and backends.target_of(device).compute_capability == (9, 0)
+
+
+def call(data: cases.CaseData):
+    """Update, then attention: (kv_pages, o, lse)."""
+
+    @jax.jit
+    def step(kv_pages, q, k, v, plan, tail_len, num_queries):
+        options = {"backend": backends.GPU_HOPPER, "interpret": not on_hopper()}
+        kv_pages = kv_update(kv_pages, k, v, plan, tail_len, num_queries, **options)
+        return kv_pages, *paged_attention(q, kv_pages, plan, tail_len, num_queries, **options)
+
+    arrays = (data.q, data.k, data.v, cases.on_device(data.plan), data.tail_len, data.num_queries)
+    return step(data.kv_pages, *arrays)
+
+
+def dense(data: cases.CaseData) -> np.ndarray:
+    """Attention without pages in bfloat16, products and softmax in float32: what the error is measured by."""
+    case = data.case
+    o = np.zeros(data.q.shape)
+    for r, row in enumerate(case.rows):
+        for t in range(row.num_queries if row.slot is not None else 0):
+            keys, values = (
+                jnp.concatenate([jnp.asarray(old), jnp.asarray(new[r, : t + 1])])
+                for old, new in zip(data.context[r], (data.k, data.v))
+            )
+            q = jnp.asarray(data.q[r, t]).reshape(case.num_kv_heads, -1, case.head_dim)
+            options = {"preferred_element_type": jnp.float32}
+            scores = jnp.einsum("kgd,nkd->kgn", q, keys, **options) * case.head_dim**-0.5
+            weights = jnp.exp(scores - scores.max(-1, keepdims=True))
+            out = jnp.einsum("kgn,nkd->kgd", weights.astype(jnp.bfloat16), values, **options)
+            out = out / weights.sum(-1, keepdims=True)
+            o[r, t] = np.asarray(out.astype(jnp.bfloat16), np.float64).reshape(o.shape[2:])
+    return o
+
+
+def check(data: cases.CaseData):
+    kv_pages, o, lse = call(data)
+    want_o, want_lse = oracle(data)
+    assert o.dtype == jnp.bfloat16 and lse.dtype == jnp.float32
+    error = np.abs(np.asarray(o, np.float64) - want_o).max()
+    assert error <= 2 * np.abs(dense(data) - want_o).max()
+    np.testing.assert_allclose(np.asarray(lse, np.float64), want_lse, atol=2e-6, rtol=2e-6)
+    for got, want in zip((kv_pages.k, kv_pages.v), updated(data)):
+        np.testing.assert_array_equal(np.asarray(got), want)
+
+
+@pytest.mark.parametrize("case", ALL, ids=lambda case: case.name)
+def test_matches_the_oracle(case):
+    check(cases.build(case, np.random.default_rng(1), jnp.bfloat16))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+def test_head_dims(head_dim):
+    """80, with three queries a head, needs its heads padded."""
+    case = cases.Case(
+        name="heads", head_dim=head_dim, num_heads=3, num_kv_heads=1, segments={"p": 150},
+        rows=(cases.Row(segments=("p",), tail_len=9, slot=1), cases.Row(segments=("p",), tail_len=0, slot=0)),
+    )  # fmt: skip
+    check(cases.build(case, np.random.default_rng(2), jnp.bfloat16))
+
+
+@pytest.mark.slow
+def test_windows_of_many_readers():
+    """A run of more than 128 queries, beginning inside a slab of 8."""
+    rows = [cases.Row(tail_len=3, slot=0)]
+    rows += [cases.Row(segments=("p",), tail_len=i % 5, slot=i + 1) for i in range(35)]
+    case = cases.Case(
+        name="many", rows=tuple(rows), segments={"p": 40}, num_heads=4, num_kv_heads=1, num_slots=40, head_dim=64
+    )
+    check(cases.build(case, np.random.default_rng(3), jnp.bfloat16))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["tree", "joined"])
+def test_order_of_rows_does_not_matter(name):
+    case = next(case for case in cases.CASES if case.name == name)
+    rng = np.random.default_rng(4)
+    check(cases.build(cases.shuffled(cases.with_page_size(case, 8), rng), rng, jnp.bfloat16))
+
+
+def walk(data: cases.CaseData, rows: int, tile: int) -> tuple[np.ndarray, np.ndarray]:
+    """What the kernel does with the windows, in float64 numpy; then what the merge does."""
+    case, plan = data.case, data.plan
+    group = case.num_heads // case.num_kv_heads
+    queries = case.num_tokens * group
+
+    @jax.jit
+    def tell(plan, tail_len, num_queries):
+        prepared = prepare(plan, tail_len, num_queries, case.page_size)
+        return prepared, *make_windows(prepared, queries, group, rows, tile, case.num_tokens)
+
+    prepared, table, num_windows = tell(cases.on_device(plan), data.tail_len, data.num_queries)
+    table = np.asarray(table).reshape(-1, len(WINDOW_FIELDS))
+    page_ids, visible = np.asarray(prepared.page_ids), np.asarray(prepared.visible)
+    keys, values = (np.asarray(store, np.float64) for store in (data.kv_pages.k, data.kv_pages.v))
+    q = np.asarray(data.q, np.float64).reshape(len(case.rows), case.num_tokens, case.num_kv_heads, group, -1)
+    q = q.transpose(2, 0, 1, 3, 4).reshape(case.num_kv_heads, -1, case.head_dim)
+    shape = (case.num_kv_heads, plan.num_partials * queries)
+    total, o, written = np.zeros(shape), np.zeros((*shape, case.head_dim)), np.zeros(shape[1], int)
+    step = np.gcd(queries, 8)
+    for fields in table[: int(num_windows)]:
+        window = dict(zip(WINDOW_FIELDS, (int(field) for field in fields)))
+        assert 0 < window["num_live"] <= rows and 0 <= window["num_plain"] <= window["num_tiles"]
+        count = window["num_tiles"] * tile
+        pages = np.minimum(np.arange(-(-count // case.page_size)), window["num_pages"] - 1) + window["first_page"]
+        first = window["first_page"] * case.page_size
+        seen = visible[first : first + count]
+        plain = seen[: window["num_plain"] * tile]
+        assert np.all((plain == 0) | (plain == HIDDEN)), "a plain tile holds a token that only some queries see"
+        token = (window["first_query"] + np.arange(window["num_live"])) // group
+        mask = seen == 0 if case.num_tokens == 1 else token[:, None] + seen >= 0
+        start = window["q_row"] + window["q_copy"] * step
+        out = slice(window["out_row"], window["out_row"] + window["num_live"])
+        written[out] += 1
+        for h in range(case.num_kv_heads):
+            own_k, own_v = (store[h, page_ids[pages]].reshape(-1, case.head_dim)[:count] for store in (keys, values))
+            scores = q[h, start : start + window["num_live"]] @ own_k.T * case.head_dim**-0.5
+            weights = np.where(mask, np.exp(scores), 0)
+            total[h, out], o[h, out] = weights.sum(1), weights @ own_v
+    assert written.max(initial=0) <= 1, "two windows write one query's partial"
+    listed = plan.partials[plan.partials >= 0]
+    expected = np.zeros((plan.num_partials, queries), int)
+    expected[listed] = 1
+    np.testing.assert_array_equal(written, expected.reshape(-1))
+    return _merged(case, plan, total, o, data.num_queries)
+
+
+def _merged(case, plan, total, o, num_queries):
+    total = total.reshape(case.num_kv_heads, plan.num_partials, case.num_tokens, -1)
+    o = o.reshape(*total.shape, case.head_dim)
+    want_o = np.zeros((len(case.rows), case.num_tokens, case.num_heads, case.head_dim))
+    lse = np.full(want_o.shape[:3], -np.inf)
+    for r, used in enumerate(plan.partials):
+        used = used[used >= 0]
+        for t in range(num_queries[r]):
+            weight, value = total[:, used, t].sum(1).reshape(-1), o[:, used, t].sum(1).reshape(-1, case.head_dim)
+            if weight.min() > 0:
+                want_o[r, t], lse[r, t] = value / weight[:, None], np.log(weight)
+    return want_o, lse
+
+
+@pytest.mark.parametrize(("rows", "tile"), [(128, 128), (16, 32)])
+@pytest.mark.parametrize(("case", "size"), SIZES, ids=lambda value: getattr(value, "name", str(value)))
+def test_windows_cover_what_each_query_sees(case, size, rows, tile):
+    rng = np.random.default_rng(5)
+    case = cases.with_page_size(case, size)
+    update = jax.jit(functools.partial(kv_update, backend=backends.GPU_HOPPER))
+    for case in (case, cases.shuffled(case, rng)) if size == 8 else (case,):
+        data = cases.build(case, rng)
+        plan = cases.on_device(data.plan)
+        kv_pages = update(data.kv_pages, data.k, data.v, plan, data.tail_len, data.num_queries)
+        for got, want in zip((kv_pages.k, kv_pages.v), updated(data)):
+            np.testing.assert_array_equal(np.asarray(got), want)
+        o, lse = walk(dataclasses.replace(data, kv_pages=kv_pages), rows, tile)
+        want_o, want_lse = oracle(data)
+        np.testing.assert_allclose(o, want_o, atol=2e-6, rtol=2e-6)
+        np.testing.assert_allclose(lse, want_lse, atol=2e-6, rtol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+def test_update_writes_quantised_pages_like_the_reference(dtype):
+    data = cases.build(cases.with_page_size(cases.CASES[-1], 8), np.random.default_rng(6))
+    pages = make_kv_pages(data.kv_pages.num_pages, 8, data.case.num_kv_heads, data.case.head_dim, dtype)
+    arguments = (data.k, data.v, cases.on_device(data.plan), data.tail_len, data.num_queries)
+    got, want = (kv_update(pages, *arguments, backend=name) for name in (backends.GPU_HOPPER, backends.REFERENCE))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
+        if a.shape == want.k.shape:
+            np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
+    for name in ("k_scale", "v_scale"):  # of slots in use; the reference's free ones hold another finite number
+        a, b = (np.asarray(getattr(pages, name)) for pages in (got, want))
+        used = np.asarray(want.k != 0).any(-1)
+        np.testing.assert_array_equal(a[used], b[used])
+        assert np.isfinite(a).all()
