@@ -22,6 +22,7 @@ from typing import Any
 
 import cli
 import jax
+import loading
 import numpy as np
 from absl import flags
 from json_output import check_output_path, write_json
@@ -44,6 +45,8 @@ _NUM_TOKENS = flags.DEFINE_integer("num_tokens", 128, "Tokens that each thread d
 _REPEATS = flags.DEFINE_integer("repeats", 3, "Timed runs of each; medians are reported.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of the random prompt.")
 _OUTPUT_JSON = flags.DEFINE_string("output_json", None, "Write the last line into this file as well.")
+
+flags.adopt_module_key_flags(loading)
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import cli
+import loading
 import sampling_flags
 from absl import flags
 from json_output import check_output_path, write_json
@@ -44,6 +45,7 @@ _NUM_PROBLEMS = flags.DEFINE_integer("num_problems", 100, "Problems a program.")
 _SEED = flags.DEFINE_integer("seed", HELD_OUT_SEED, "Of the problems and of sampling.")
 _MAX_THREADS = flags.DEFINE_integer("max_threads", 32, "Threads that run side by side.")
 flags.adopt_module_key_flags(sampling_flags)
+flags.adopt_module_key_flags(loading)
 _OUTPUT_JSON = flags.DEFINE_string("output_json", None, "Write the results into this file.")
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import cli
+import loading
 import sampling_flags
 from absl import flags
 from json_output import check_output_path, write_json
@@ -42,15 +43,14 @@ _PROMPT = flags.DEFINE_string("prompt", None, "The prompt; by default the preset
 _PROGRAM = flags.DEFINE_enum("program", "multiverse", PROGRAM_NAMES, "What decides when to fork and join.")
 _NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "Answers, with seeds --seed, --seed + 1, ...")
 _SEED = flags.DEFINE_integer("seed", 0, "Of the first sample.")
-_TENSOR = flags.DEFINE_integer("tensor", 1, "Devices that the model is split over.")
 flags.adopt_module_key_flags(sampling_flags)
+flags.adopt_module_key_flags(loading)
 _OUTPUT_JSON = flags.DEFINE_string("output_json", None, "Write the result into this file.")
 
 
 def main() -> None:
     sampling = sampling_params(_SEED.value)
     check(_NUM_SAMPLES.value >= 1, f"--num_samples={_NUM_SAMPLES.value}, must be >= 1")
-    check(_TENSOR.value == 1, f"--tensor={_TENSOR.value}, must be 1: this engine runs on one device")
     checkpoint_directory(Path(_CHECKPOINT.value).expanduser())  # refused before anything else is asked for
     task = TASKS.get(Path(_CHECKPOINT.value).name)
     prompt = _read_prompt(task)

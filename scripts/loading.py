@@ -1,12 +1,25 @@
-"""How scripts load a model: compiled programs are kept on disk between runs."""
+"""How scripts load a model, and the flags that say how: compiled programs are kept on disk between runs."""
 
 import os
 from pathlib import Path
 
-from absl import logging
+from absl import flags, logging
 
 from apr_jax import Engine
-from apr_jax.config import EngineConfig
+from apr_jax.config import CacheConfig, EngineConfig
+
+_TENSOR = flags.DEFINE_integer("tensor", 1, "Devices that heads, MLP and KV pages are split over.")
+_ATTENTION = flags.DEFINE_enum(
+    "attention",
+    "auto",
+    ["auto", "reference", "pallas"],
+    "auto: Pallas kernels where they run.",
+)
+_KV_DTYPE = flags.DEFINE_enum(
+    "kv_dtype", None, ["float32", "bfloat16", "int8", "float8_e4m3fn"], "Of the KV pages; by default the model's."
+)
+_PAGE_SIZE = flags.DEFINE_integer("page_size", CacheConfig.page_size, "Token positions a KV page.")
+_NUM_PAGES = flags.DEFINE_integer("num_pages", CacheConfig.num_pages, "KV pages in all.")
 
 
 def load_engine(checkpoint: str, **engine_fields) -> Engine:
@@ -16,10 +29,19 @@ def load_engine(checkpoint: str, **engine_fields) -> Engine:
       engine_fields: of EngineConfig.
 
     Raises:
-      ValueError: there is no such checkpoint, or it is damaged.
+      ValueError: there is no such checkpoint, it is damaged, or it does not go with the flags.
     """
-    config = EngineConfig(compile_cache_dir=_compile_cache_dir(), **engine_fields)
-    return Engine.from_checkpoint(os.path.expanduser(checkpoint), engine_config=config)
+    engine_config = EngineConfig(
+        compile_cache_dir=_compile_cache_dir(),
+        tensor=_TENSOR.value,
+        attention=_ATTENTION.value,
+        kv_dtype=_KV_DTYPE.value,
+        **engine_fields,
+    )
+    cache_config = CacheConfig(page_size=_PAGE_SIZE.value, num_pages=_NUM_PAGES.value)
+    return Engine.from_checkpoint(
+        os.path.expanduser(checkpoint), engine_config=engine_config, cache_config=cache_config
+    )
 
 
 def _compile_cache_dir() -> str | None:
