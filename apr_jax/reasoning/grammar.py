@@ -7,71 +7,26 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from apr_jax.config import check
-from apr_jax.engine.thread import JoinMode, Stop, Thread
+from apr_jax.engine.thread import Stop, Thread
+from apr_jax.reasoning.grammars.declaration import Grammar as Grammar
 from apr_jax.reasoning.program import Append, Finish, Fork, Join, Mark, Program, Request, Wait
 from apr_jax.tokenizers import Tokenizer
 from apr_jax.types import SamplingParams
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Grammar:
-    """One format. Tags may be one token each or several: the first kind stops by id, the second by string.
-
-    Attributes:
-      block: the tags around all that belongs to one fork, for metrics and answers.
-      plan: the tag that opens the list of outlines.
-      trigger: where the model has written this, its thread forks.
-      outline: a pattern for one outline in the plan; group 1 is the label. None: there is no plan, and every
-        fork has num_paths children, labelled 1, 2, ...
-      header: forced at the start of each child; `{label}` is its label.
-      closer: a child ends where it has written this.
-      after_join: forced when the thread goes on.
-      join: what the thread's context becomes (`stitch`, `conclusion`, `prefill`).
-      nested: whether children may fork; if not, a trigger inside them is plain text.
-      conclusion_marker: in a child, what follows it is its conclusion, the span that a `conclusion` join
-        keeps.
-      child_sampling: sampling parameters that differ inside children.
-    """
-
-    name: str
-    block: tuple[str, str]
-    plan: str
-    trigger: str
-    outline: str | None
-    num_paths: int = 0
-    header: str
-    closer: str
-    after_join: str
-    join: JoinMode = "stitch"
-    nested: bool = True
-    conclusion_marker: str | None = None
-    child_sampling: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-    def __post_init__(self):
-        check(
-            self.join in ("stitch", "conclusion", "prefill"),
-            f"join is {self.join!r}, grammars know no such join",
-        )
-        for name in ("trigger", "header", "closer", "after_join"):
-            check(bool(getattr(self, name)), f"{name} of grammar {self.name!r} is empty")
-        check(
-            (self.outline is None) == (self.num_paths > 0),
-            "either outline or num_paths says how many children",
-        )
+UNBOUNDED = 2**31 - 1  # tokens; the driver grants what the request's budget holds
 
 
 class GrammarProgram(Program):
     """Follows a grammar. Holds no state: all that it needs to know stands in the threads' tokens.
 
     What does not follow the grammar degrades, with a reason:
-      - no outline, or a trigger without its plan: the thread goes on in plain text;
-      - an outline twice, or one whose label has no tokens: dropped;
-      - a child that ends without its closer (budget, end of sequence, pages): gets the closer and is joined;
-      - a closer outside of a child, or a fork that is refused: plain text.
+      - no outline, or a trigger without its plan: the thread goes on in plain text, or stops, as the grammar says;
+      - an outline twice, one without label or beyond max_children, or one whose label has no tokens: dropped;
+      - a child that ends without its closer (budget, end of sequence, pages): gets the closer and is joined, or
+        ends its parent too, as the grammar says;
+      - a closer outside of a child, a trigger in a child that may not fork, or a fork that is refused: plain text.
     """
 
     def __init__(self, grammar: Grammar, tokenizer: Tokenizer):
@@ -79,10 +34,13 @@ class GrammarProgram(Program):
         self.name = grammar.name
         self.block = grammar.block
         self._tokenizer = tokenizer
+        self._before_fork = tokenizer.encode(grammar.before_fork, continuation=True) if grammar.before_fork else []
         self._closer = tokenizer.encode(grammar.closer, continuation=True)
         self._after_join = tokenizer.encode(grammar.after_join, continuation=True)
-        tags = [grammar.trigger, grammar.closer, grammar.conclusion_marker]
-        self._tag_ids = {tag: tokenizer.token_id(tag) for tag in tags if tag is not None}
+        tags = [grammar.trigger, grammar.closer]
+        if grammar.join == "conclusion" and grammar.conclusion_marker is not None:
+            tags.append(grammar.conclusion_marker)
+        self._tag_ids = {tag: tokenizer.token_id(tag) for tag in tags}
 
     def start(self, request: Request) -> Append:
         return Append(sampling=self._with_stops(request.sampling, [self.grammar.trigger, self.grammar.closer]))
@@ -91,20 +49,26 @@ class GrammarProgram(Program):
         grammar, is_child = self.grammar, thread.parent is not None
         tag = self._tag(stop)
         if tag == grammar.trigger:
+            return self._at_trigger(thread, stop)
+        if stop.reason == "prefilled" and self._is_led(thread):
             return self._fork(thread)
         if tag == grammar.closer:
-            return Finish("closed") if is_child else Append(degraded=(f"{tag} outside of a thread",))
+            if is_child:
+                return Finish("closed", degraded=self._unread_triggers(thread))
+            return Append(degraded=(f"{tag} outside of a thread",))
         if tag is not None:
             return Mark()
         if not is_child or self._is_closed(thread):
             return Finish(stop.reason)
         closing = dataclasses.replace(thread.sampling, max_new_tokens=0)
         reason = f"ended without {grammar.closer} ({stop.reason})"
-        return Append(self._closer, closing, degraded=(reason,))
+        return Append(self._closer, closing, degraded=(*self._unread_triggers(thread), reason))
 
-    def on_child(self, parent: Thread, ended: Sequence[Thread], running: Sequence[Thread]) -> Join | Wait:
+    def on_child(self, parent: Thread, ended: Sequence[Thread], running: Sequence[Thread]) -> Join | Wait | Finish:
         if running:
             return Wait()
+        if self.grammar.unclosed == "stop" and any(map(self._is_closed, ended)):
+            return Finish("unclosed")
         unmarked = ()
         if self.grammar.join == "conclusion":
             unmarked = tuple(
@@ -112,7 +76,26 @@ class GrammarProgram(Program):
                 for ordinal, child in enumerate(ended, 1)
                 if child.context is None or child.context.mark_index is None
             )
-        return Join(ended, self.grammar.join, self._after_join, degraded=unmarked)
+        return Join(ended, self.grammar.join, self._after_join, self._resumed(parent), degraded=unmarked)
+
+    def on_refused(self, thread: Thread, reason: str) -> Append:
+        return Append(sampling=self._resumed(thread))
+
+    # Forking.
+
+    def _at_trigger(self, thread: Thread, stop: Stop) -> Append | Fork | Finish:
+        """Forks, or first writes what comes before; or says why there is no fork."""
+        labels, degraded = self._labels(thread)
+        if not labels:
+            degraded.append(f"{self.grammar.trigger} without outlines: no fork")
+            if self.grammar.without_outlines == "stop" and thread.parent is None:
+                return Finish(stop.reason, degraded=tuple(degraded))
+            return Append(degraded=tuple(degraded))
+        if (refusal := self._refusal(thread)) is not None:
+            return Append(degraded=(*degraded, f"fork refused: {refusal}"))
+        if not self._before_fork:
+            return self._fork(thread)
+        return Append(self._before_fork, dataclasses.replace(thread.sampling, max_new_tokens=0))
 
     def _fork(self, thread: Thread) -> Append | Fork:
         labels, degraded = self._labels(thread)
@@ -124,15 +107,9 @@ class GrammarProgram(Program):
             except ValueError as error:
                 degraded.append(f"outline {label} dropped: {error}")
         if not headers:
-            return Append(degraded=(*degraded, f"{self.grammar.trigger} without outlines: no fork"))
-        tags = [self.grammar.closer]
-        if self.grammar.nested:
-            tags.append(self.grammar.trigger)
-        if self.grammar.conclusion_marker is not None:
-            tags.append(self.grammar.conclusion_marker)
-        sampling = dataclasses.replace(
-            self._with_stops(self._without_tags(thread.sampling), tags), **self.grammar.child_sampling
-        )
+            degraded.append(f"{self.grammar.trigger} without outlines: no fork")
+            return Append(sampling=self._resumed(thread), degraded=tuple(degraded))
+        sampling = self._child_sampling(thread)
         return Fork(headers, sampling, len(self._closer), len(self._after_join), degraded=tuple(degraded))
 
     def _labels(self, thread: Thread) -> tuple[list[str], list[str]]:
@@ -146,10 +123,30 @@ class GrammarProgram(Program):
         if not opened:
             return [], [f"{grammar.trigger} without {grammar.plan}"]
         labels: list[str] = []
-        repeated: list[str] = []
+        degraded: list[str] = []
         for label in re.findall(grammar.outline, plan):
-            (repeated if label in labels else labels).append(label)
-        return labels, [f"outline {label} is there twice: dropped" for label in repeated]
+            if label == "":
+                degraded.append("an outline without label: dropped")
+            elif label in labels:
+                degraded.append(f"outline {label} is there twice: dropped")
+            elif len(labels) == grammar.max_children:
+                degraded.append(f"outline {label} is beyond max_children = {grammar.max_children}: dropped")
+            else:
+                labels.append(label)
+        return labels, degraded
+
+    def _refusal(self, thread: Thread) -> str | None:
+        """Why the grammar's own bounds forbid a fork here, or the budget what is written before it."""
+        grammar = self.grammar
+        if grammar.max_depth is not None and len(thread.path) >= grammar.max_depth:
+            return f"depth {len(thread.path) + 1} is beyond {grammar.name}'s max_depth = {grammar.max_depth}"
+        if grammar.max_rounds is not None and thread.num_forks >= grammar.max_rounds:
+            return f"it would be fork {thread.num_forks + 1} of its thread, {grammar.name} has {grammar.max_rounds}"
+        if thread.budget < len(self._before_fork):
+            return f"{thread.budget} tokens are left, {len(self._before_fork)} needed before it"
+        return None
+
+    # What stands in a thread.
 
     def _tag(self, stop: Stop) -> str | None:
         """The grammar's tag that a thread has stopped at."""
@@ -161,6 +158,36 @@ class GrammarProgram(Program):
     def _is_closed(self, thread: Thread) -> bool:
         """Whether the closer was forced on the thread: it had stopped before."""
         return not thread.sampled[-1] and thread.token_ids[-len(self._closer) :] == self._closer
+
+    def _is_led(self, thread: Thread) -> bool:
+        """Whether what comes before a fork was just forced on the thread, behind the trigger that it sampled."""
+        count = len(self._before_fork)
+        if not count or len(thread.token_ids) <= count or thread.token_ids[-count:] != self._before_fork:
+            return False
+        return not any(thread.sampled[-count:]) and thread.sampled[-count - 1]
+
+    def _unread_triggers(self, child: Thread) -> tuple[str, ...]:
+        """A child that may not fork has written that it wants to: kept as text."""
+        if self.grammar.nested or self.grammar.trigger not in self._tokenizer.decode(child.token_ids):
+            return ()
+        return (f"{self.grammar.trigger} inside a thread is text: {self.grammar.name} does not nest",)
+
+    # Sampling parameters.
+
+    def _resumed(self, thread: Thread) -> SamplingParams:
+        """The thread's parameters with all that its budget still holds."""
+        bound = self.grammar.max_child_tokens
+        left = UNBOUNDED if bound is None or thread.parent is None else max(0, bound - thread.num_sampled)
+        return dataclasses.replace(thread.sampling, max_new_tokens=left)
+
+    def _child_sampling(self, thread: Thread) -> SamplingParams:
+        grammar = self.grammar
+        tags = [tag for tag in self._tag_ids if tag != grammar.trigger or grammar.nested]
+        return dataclasses.replace(
+            self._with_stops(self._without_tags(thread.sampling), tags),
+            max_new_tokens=grammar.max_child_tokens or UNBOUNDED,
+            **grammar.child_sampling,
+        )
 
     def _with_stops(self, sampling: SamplingParams, tags: Sequence[str]) -> SamplingParams:
         ids = [self._tag_ids[tag] for tag in tags]

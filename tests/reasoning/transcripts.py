@@ -1,13 +1,15 @@
 """Engines whose threads say what a test writes down, one string a thread."""
 
+import re
 from typing import Any
 
 from apr_jax.config import CacheConfig, EngineConfig, ModelConfig
 from apr_jax.engine.thread import Thread
 from apr_jax.reasoning.api import Engine
+from apr_jax.reasoning.grammar import Grammar
 from apr_jax.testing import byte_tokenizer, tiny_config
 from apr_jax.testing.scripted import ScriptedRunner
-from apr_jax.tokenizers import Tokenizer
+from apr_jax.tokenizers import ByteTokenizer, Tokenizer
 
 
 def scripted_engine(
@@ -29,6 +31,13 @@ def scripted_engine(
         engine_config=EngineConfig(**engine_fields),
         runner=ScriptedRunner(script, EngineConfig(**engine_fields).steps_per_dispatch),
     )
+
+
+def grammar_tokenizer(grammar: Grammar) -> ByteTokenizer:
+    """Bytes, with every tag of a grammar as one token."""
+    texts = (*grammar.block, grammar.plan, grammar.outline or "", grammar.trigger, grammar.header, grammar.closer)
+    names = re.findall("</?([A-Za-z]+)>", "".join((*texts, grammar.after_join)))
+    return ByteTokenizer([f"<{slash}{name}>" for name in dict.fromkeys(names) for slash in ("", "/")])
 
 
 def path_name(thread: Thread) -> str:

@@ -9,15 +9,16 @@ between the tags; the one above is for the eye.)
 Source: Yang et al. 2025, Multiverse (arXiv 2506.09991).
 """
 
-from apr_jax.reasoning.grammar import Grammar
+from apr_jax.reasoning.grammars.declaration import Grammar
 
 MULTIVERSE = Grammar(
     name="multiverse",
     block=("<Parallel>", "</Parallel>"),
     plan="<Goal>",
     trigger="</Goal>",
-    outline=r"<Outline>\s*([0-9.]+)\s*:",
+    outline=r"<Outline>(?:\s*([0-9]+(?:\.[0-9]+)*)\s*:)?",
     header="<Path>{label}:",
     closer="</Path>",
     after_join="<Conclusion>",
+    conclusion_marker=" =>",  # as the embedded model ends its paths; published ones have no marker
 )
