@@ -21,9 +21,8 @@ from apr_jax.config import CacheConfig, EngineConfig
 
 @dataclasses.dataclass
 class _Row:
-    """What a thread's context was when the last plan was made: its segments, and its tail's pages."""
+    """What a thread's context was when the last plan was made: its segments, and its open tail's pages."""
 
-    context: Context
     segments: list[Segment]
     has_tail: bool
     tail: list[int]
@@ -132,7 +131,7 @@ class PlanBuilder:
         slots, first, counts, pages = [], [], [], []
         for slot, context in threads:
             row = last.rows.get(slot)
-            if row is None or row.context is not context or row.segments != context.segments:
+            if row is None or row.segments != context.segments:
                 return False
             if not row.has_tail:
                 continue
@@ -168,7 +167,7 @@ class PlanBuilder:
             pages.reshape(-1)[item[which] * self._item_pages + at] = new
             last.plan = dataclasses.replace(plan, pages=pages, tail_pages=last.tail_pages)
         for row in rows:
-            row.tail = row.context.segments[-1].pages[:]
+            row.tail = row.segments[-1].pages[:]
 
     # From nothing.
 
@@ -183,7 +182,7 @@ class PlanBuilder:
         for slot, context in threads:
             tail = context.tail
             pages = [] if tail is None else tail.pages[:]
-            rows[slot] = _Row(context, context.segments[:], tail is not None, pages)
+            rows[slot] = _Row(context.segments[:], tail is not None, pages)
             tail_pages[slot, : len(pages)] = pages
         return _Last(shape, rows, runs, [segment.page_array() for segment in runs.segments], tail_pages)
 

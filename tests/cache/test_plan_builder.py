@@ -1,5 +1,7 @@
 """What the plan of some threads looks like. That every token is read once is tested by random operations."""
 
+import functools
+
 import numpy as np
 import pytest
 from apr_kernels.plan import validate_plan
@@ -237,3 +239,37 @@ def test_a_plan_after_one_that_failed_is_right():
         plans.build([*threads[:2], (1, contexts[2])], 4, 8)
     check(plans.build(threads, 4, 8))
     assert plans.build(threads, 4, 8).tail_pages[1, :2].tolist() == contexts[1].segments[-1].pages
+
+
+def test_a_plan_after_one_that_overflowed_is_right():
+    cache = KVCache(CACHE, 8)
+    context = cache.new_context()
+    grow(cache, context, 96)  # three full tails, sealed
+    cache.seal(context)
+    plans, (small, _) = builder(), builder().item_buckets(1)
+    build = functools.partial(plans.build, [(0, context)], 1, 8, small)
+    assert len(used(build())) == small == 12
+    for _ in range(2):
+        grow(cache, context, 4)
+        with pytest.raises(PlanOverflow, match="needs 13 items, at most 12"):
+            build()
+    cache.rollback(context, 8)
+    cache.trim(context)
+    check(build())
+
+
+def test_segments_that_came_back_to_other_pages_are_seen():
+    cache, parent, contexts = family(prompt=21, children=3, own=5)
+    for context in contexts:
+        cache.seal(context)
+    plans, threads = builder(), list(enumerate(contexts))
+    before = plans.build(threads, 4, 8)
+    segments = [segment for context in contexts for segment in context.segments]
+    for segment, pages in cache.swap_out(segments):
+        cache.finish_swap_out(segment, pages)
+    cache.swap_in(segments[::-1])
+    after = plans.build(threads, 4, 8)
+    check(after)
+    shared = [w for w in used(after) if w < after.num_shared]
+    assert after.pages[shared].ravel().tolist() == parent.segments[0].pages
+    assert (after.pages != before.pages).any()
