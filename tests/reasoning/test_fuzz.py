@@ -5,26 +5,39 @@ page.
 import hashlib
 
 import pytest
-from transcripts import assert_all_pages_free, scripted_engine
+from transcripts import assert_all_pages_free, grammar_tokenizer, path_name, scripted_engine
 
+from apr_jax.reasoning.grammar import Grammar
 from apr_jax.reasoning.program import Guards
-from apr_jax.testing import byte_tokenizer, tiny_config
+from apr_jax.reasoning.programs import GRAMMARS, make_program
+from apr_jax.testing import tiny_config
 from apr_jax.tokenizers import ByteTokenizer
 from apr_jax.types import SamplingParams
 
-PIECES = ["<Parallel>", "<Goal>", "</Goal>", "<Outline>", "</Outline>", "<Path>", "</Path>", "<Conclusion>"]
-PLANS = [
-    "<Goal><Outline>1: a</Outline><Outline>2: b</Outline></Goal>",
-    "<Goal><Outline>1:</Outline><Outline>1:</Outline><Outline>2.1:</Outline></Goal>",
-    "</Outline></Goal>",
-    "<Goal><Outline>...:</Goal>",
-]
+REASONS = ("eos", "length", "context", "pages", "stop_id", "stop_string", "unclosed")
 
 
-def babble(tokenizer, seed: int):
+def pieces_of(grammar: Grammar) -> tuple[list[str], list[str]]:
+    """A grammar's tags, and whole plans: sound, repeated, without labels, torn."""
+    name = "plan" if grammar.name == "npr" else "Outline"
+    tags = [*grammar.block, grammar.plan, grammar.trigger, f"<{name}>", f"</{name}>", "<Path>", "<step>"]
+    tags += [grammar.closer, grammar.closer, grammar.after_join, grammar.header, " =>"]
+    opened, closed = grammar.plan, grammar.trigger
+    plans = [
+        f"{opened}<{name}>1: a</{name}><{name}>2: b</{name}>{closed}",
+        f"{opened}<{name}>1:</{name}><{name}>1:</{name}><{name}>2.1:</{name}>{closed}",
+        f"{opened}<{name}></{name}><{name}>: b</{name}>{closed}",
+        f"</{name}>{closed}",
+        f"{opened}<{name}>...:{closed}",
+        f"{opened}{opened}{closed}{closed}",
+        f"{closed}{grammar.closer}{grammar.block[1]}",
+    ]
+    return [tag for tag in tags if tag], plans
+
+
+def babble(tokenizer, pieces: tuple[list[str], list[str]], seed: int):
     """A script of tags, plans and letters in any order; depends on the seed and the thread's tokens alone."""
-    tags = [tokenizer.encode(piece) for piece in PIECES]
-    plans = [tokenizer.encode(plan) for plan in PLANS]
+    tags, plans = ([tokenizer.encode(piece) for piece in group] for group in pieces)
 
     def script(thread, ids):
         """Says what is left of the piece that it is in, else draws the next piece."""
@@ -48,29 +61,99 @@ def babble(tokenizer, seed: int):
     return script
 
 
-@pytest.mark.parametrize("seed", range(12))
-@pytest.mark.parametrize("one_token_tags", [True, False])
-@pytest.mark.parametrize("num_pages", [512, 24])
-def test_babbling_ends_and_leaks_nothing(seed, one_token_tags, num_pages):
-    tokenizer = byte_tokenizer() if one_token_tags else ByteTokenizer()
-    engine = scripted_engine(
-        babble(tokenizer, seed),
+def engine_for(script, tokenizer, **fields):
+    return scripted_engine(
+        script,
         tokenizer,
         model_config=tiny_config(vocab_size=tokenizer.vocab_size, max_position=300),
-        page_size=8,
-        num_pages=num_pages,
-        max_threads=8,
-        steps_per_dispatch=4,
+        **{"page_size": 8, "max_threads": 8, "steps_per_dispatch": 4, **fields},
     )
-    sampling = SamplingParams(max_new_tokens=[40, 100, 290][seed % 3])
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("one_token_tags", [True, False])
+@pytest.mark.parametrize("num_pages", [512, 24])
+@pytest.mark.parametrize("name", list(GRAMMARS))
+def test_babbling_ends_and_leaks_nothing(name, seed, one_token_tags, num_pages):
+    grammar = GRAMMARS[name]
+    tokenizer = grammar_tokenizer(grammar) if one_token_tags else ByteTokenizer()
+    engine = engine_for(babble(tokenizer, pieces_of(grammar), seed), tokenizer, num_pages=num_pages)
+    sampling = SamplingParams(max_new_tokens=[40, 100, 290][seed % 3], stop=((), ("zq",))[seed % 2])
     guards = Guards(max_depth=3, max_fan_out=4, max_thread_tokens=[None, 60][seed % 2], max_family_tokens=1500)
-    outs = engine.generate([f"Prompt {i}" for i in range(4)], "multiverse", sampling=sampling, guards=guards)
+    join = [None, "stitch", "prefill", "conclusion"][seed % 4]
+    program = make_program(name, tokenizer, join)
+    outs = engine.generate([f"Prompt {i}" for i in range(4)], program, sampling=sampling, guards=guards)
     assert_all_pages_free(engine)
     for out in outs:
         assert out.metrics.total_tokens <= 1500
         assert out.metrics.critical_path_tokens <= sampling.max_new_tokens
-        assert out.finish_reason in ("eos", "length", "context", "pages")
+        assert out.finish_reason in REASONS
         assert tokenizer.decode(out.text_ids).startswith(out.text)
-        for thread in out.threads[1:]:
-            if thread.status == "finished":
-                assert thread.text.startswith("<Path>") and thread.text.endswith("</Path>")
+        assert_explained(out, grammar)
+
+
+def assert_explained(out, grammar: Grammar) -> None:
+    """Whatever is not as the format wants has a reason."""
+    reasons = "\n".join(out.degraded)
+    for thread in out.threads[1:]:
+        if thread.status == "finished":
+            assert thread.text.startswith(grammar.header[: grammar.header.find("{")]), thread
+            assert thread.text.endswith(grammar.closer), thread
+        inside = thread.text.removeprefix(grammar.header[: grammar.header.find("{")])
+        if not grammar.nested and thread.status == "finished" and grammar.trigger in inside:
+            assert f"thread {thread.id}: {grammar.trigger} inside a thread is text" in reasons
+    if out.finish_reason == "unclosed":
+        assert f"ended without {grammar.closer}" in reasons
+
+
+# One stream a way to go wrong: what each thread says by its path, and the reason that must be recorded.
+ADVERSARIAL = {
+    "a thread that never closes": ({"": "{plan}end", "0.0": "x" * 999}, "ended without {closer} (length)"),
+    "a fork without outlines": ({"": "{opened}none{trigger}end"}, "{trigger} without outlines: no fork"),
+    "a fork without its plan": ({"": "none{trigger}end"}, "{trigger} without {opened}"),
+    "an end inside a thread": ({"": "{plan}end", "0.0": "x"}, "ended without {closer} (eos)"),
+    "a stop inside a thread": ({"": "{plan}end", "0.0": "x##y{closer}"}, "ended without {closer} (stop_string)"),
+    "a closer outside": ({"": "x{closer}end"}, "{closer} outside of a thread"),
+    "a block in a thread": ({"": "{plan}end", "0.0": "x{plan}y{closer}"}, "inside a thread is text"),
+    "an outline twice": ({"": "{twice}end", "0.0": "{closer}"}, "outline 1 is there twice: dropped"),
+    "an outline without label": ({"": "{empty}end", "0.0": "{closer}"}, "an outline without label: dropped"),
+    "triggers without end": ({"": "{trigger}" * 999}, "without outlines"),
+    "blocks without end": ({"": "{plan}" * 99}, "fork refused"),
+    "blocks all the way down": ({"*": "{plan}" * 99}, "fork refused"),
+    "closers without end": ({"*": "{closer}" * 999}, "outside of a thread"),
+}
+
+
+@pytest.mark.parametrize("one_token_tags", [True, False])
+@pytest.mark.parametrize("case", list(ADVERSARIAL))
+@pytest.mark.parametrize("name", list(GRAMMARS))
+def test_each_way_to_go_wrong_has_its_reason(name, case, one_token_tags):
+    grammar = GRAMMARS[name]
+    tokenizer = grammar_tokenizer(grammar) if one_token_tags else ByteTokenizer()
+    texts, reason = ADVERSARIAL[case]
+    if grammar.outline is None and ("outline" in reason or "{opened}" in reason):
+        pytest.skip("this grammar has no plan")
+    if grammar.nested is (case == "a block in a thread") and case in ("a block in a thread", "blocks all the way down"):
+        pytest.skip("for a grammar that nests, or for one that does not")
+    one = "<plan>{}</plan>" if name == "npr" else "<Outline>{}</Outline>"
+    words = {"opened": grammar.plan, "trigger": grammar.trigger, "closer": grammar.closer}
+    for word, outlines in (("plan", ["1: a"]), ("twice", ["1: a", "1: b"]), ("empty", ["", "1: a"])):
+        words[word] = grammar.plan + "".join(map(one.format, outlines)) + grammar.trigger
+    if grammar.outline is None:
+        words["plan"] = grammar.trigger
+    said = {path: tokenizer.encode(text.format(**words)) for path, text in texts.items()}
+
+    def script(thread, ids):
+        line = said.get(path_name(thread), said.get("*", tokenizer.encode(grammar.closer)))
+        n = thread.num_sampled + len(ids) - len(thread.token_ids)
+        return line[n] if n < len(line) else tokenizer.eos_ids[0]
+
+    engine = engine_for(script, tokenizer, num_pages=512)
+    sampling = SamplingParams(max_new_tokens=250, stop=("##",))
+    out = engine.generate(
+        "Q", make_program(name, tokenizer), sampling=sampling, guards=Guards(max_depth=3, max_rounds=3)
+    )
+    assert_all_pages_free(engine)
+    assert out.metrics.critical_path_tokens <= 250
+    assert any(reason.format(**words) in line for line in out.degraded), out.degraded
+    assert_explained(out, grammar)

@@ -11,6 +11,8 @@
 
     [child_sampling]
     repetition_penalty = 1.02
+
+Keys without a default must be there; what contradicts is refused.
 """
 
 import dataclasses
@@ -58,7 +60,8 @@ def load_grammar(path: str | Path) -> Grammar:
     check(is_pair, f"grammar file {path}: block is {block!r}, must be an opening and a closing tag")
     has_marker = table.get("join") != "conclusion" or "conclusion_marker" in table
     check(has_marker, f"grammar file {path}: join is 'conclusion', but conclusion_marker is missing")
+    table["block"] = tuple(block)
     try:
-        return Grammar(**(table | {"block": tuple(block)}))
+        return Grammar(**table)
     except (ValueError, TypeError) as error:
         raise ValueError(f"grammar file {path}: {error}") from error

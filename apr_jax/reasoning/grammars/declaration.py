@@ -82,9 +82,11 @@ class Grammar:
             self._check(name, value is None or value >= 1, "must be >= 1")
         self._check("max_depth", self.nested or self.max_depth is None, "though nested is false")
         self._check("unclosed", self.unclosed == "join" or not self.nested, "though nested is true")
-        for name in self.child_sampling:
+        for name, value in self.child_sampling.items():
             known = f"child_sampling sets {name}, may set {', '.join(CHILD_SAMPLING)}"
             check(name in CHILD_SAMPLING, f"grammar {self.name!r}: {known}")
+            is_number = isinstance(value, int | float)
+            check(is_number, f"grammar {self.name!r}: {name} in child_sampling is {value!r}, must be a number")
         SamplingParams(**self.child_sampling)
 
     def _check_tags(self) -> None:
