@@ -19,7 +19,7 @@ from apr_jax.cache.runs import Runs, expand, find_runs, row_order
 from apr_jax.config import CacheConfig, EngineConfig
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class _Row:
     """What a thread's context was when the last plan was made: its segments, and its open tail's pages."""
 
@@ -177,23 +177,26 @@ class PlanBuilder:
         threads = sorted(threads, key=lambda thread: thread[0])
         threads = [threads[i] for i in row_order([context for _, context in threads])]
         runs = find_runs([context for _, context in threads], self._page_size, self._min_shared_tokens)
-        tail_pages = np.zeros((num_slots, self._layout.max_tail_pages), np.int32)
-        rows = {}
+        rows, pages = {}, []
         for slot, context in threads:
             tail = context.tail
-            pages = [] if tail is None else tail.pages[:]
-            rows[slot] = _Row(context.segments[:], tail is not None, pages)
-            tail_pages[slot, : len(pages)] = pages
+            rows[slot] = _Row(context.segments[:], tail is not None, [] if tail is None else tail.pages[:])
+            pages += rows[slot].tail
+        counts = np.array([len(row.tail) for row in rows.values()], np.int64)
+        which, at = expand(np.zeros_like(counts), counts)
+        tail_pages = np.zeros((num_slots, self._layout.max_tail_pages), np.int32)
+        tail_pages[np.array(list(rows), np.int64)[which], at] = pages
         return _Last(shape, rows, runs, [segment.page_array() for segment in runs.segments], tail_pages)
 
     def _check(self, threads: Sequence[tuple[int, Context]], num_rows: int, num_slots: int) -> None:
         if len(threads) > num_rows:
             raise ValueError(f"{len(threads)} threads for {num_rows} rows")
         slots = [slot for slot, _ in threads]
-        if len(set(slots)) != len(slots) or not all(0 <= slot < num_slots for slot in slots):
+        if len(set(slots)) != len(slots) or (slots and not 0 <= min(slots) <= max(slots) < num_slots):
             raise ValueError(f"slots {slots}: must be distinct and in [0, {num_slots})")
         for slot, context in threads:
             if any([segment.swapped for segment in context.segments]):
                 raise ValueError(f"the context of slot {slot} is in host memory")
-            if context.tail is not None and len(context.tail.pages) > self._layout.max_tail_pages:
-                raise ValueError(f"a tail of {len(context.tail.pages)} pages, at most {self._layout.max_tail_pages}")
+            tail = context.tail
+            if tail is not None and len(tail.pages) > self._layout.max_tail_pages:
+                raise ValueError(f"a tail of {len(tail.pages)} pages, at most {self._layout.max_tail_pages}")

@@ -244,8 +244,9 @@ def test_a_plan_after_one_that_failed_is_right():
 def test_a_plan_after_one_that_overflowed_is_right():
     cache = KVCache(CACHE, 8)
     context = cache.new_context()
-    grow(cache, context, 96)  # three full tails, sealed
+    grow(cache, context, 88)
     cache.seal(context)
+    grow(cache, context, 8)  # a tail of one item
     plans, (small, _) = builder(), builder().item_buckets(1)
     build = functools.partial(plans.build, [(0, context)], 1, 8, small)
     assert len(used(build())) == small == 12
