@@ -63,6 +63,41 @@ def hopper_blocks(head_dim: int) -> HopperBlocks:
 
 
 @dataclasses.dataclass(frozen=True)
+class TritonBlocks:
+    """Sizes of the Triton kernel.
+
+    Attributes:
+      queries: a window, at least MATRIX_ROWS. tokens: a tile. Both powers of two.
+      warps: of a program.
+      stages: of the software pipeline: tiles on their way, and the one in use.
+    """
+
+    queries: int
+    tokens: int
+    warps: int
+    stages: int
+
+
+MATRIX_ROWS = 16  # queries in the smallest tile of the matrix units
+
+
+def triton_blocks(num_queries: int, head_dim: int, dtype) -> TritonBlocks:
+    """The sizes for runs of up to num_queries queries of a KV head, computed in `dtype`.
+
+    Registers bound queries * head_dim, and shared memory (99 KB on a card of compute capability 8.9 or 12.0) bounds
+    tokens * head_dim * stages. Float32 has no matrix units: its tiles are small.
+    """
+    large = head_dim > 128
+    if jnp.dtype(dtype) == jnp.float32:
+        return TritonBlocks(queries=16, tokens=16 if large else 32, warps=4, stages=2)
+    if num_queries <= MATRIX_ROWS:
+        return TritonBlocks(queries=16, tokens=32 if large else 64, warps=4, stages=3)
+    if num_queries <= 64 or large:
+        return TritonBlocks(queries=64, tokens=32 if large else 64, warps=4, stages=2)
+    return TritonBlocks(queries=128, tokens=64, warps=8, stages=2)
+
+
+@dataclasses.dataclass(frozen=True)
 class TpuBlocks:
     """Sizes of the TPU kernel.
 
