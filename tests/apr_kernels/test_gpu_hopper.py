@@ -14,8 +14,10 @@ import pytest
 from apr_kernels import backends, cases
 from apr_kernels.kv_pages import make_kv_pages
 from apr_kernels.kv_update import kv_update
-from apr_kernels.paged_attention import paged_attention
+from apr_kernels.paged_attention import gpu_hopper_merge, paged_attention
+from apr_kernels.paged_attention.gpu_hopper import NEGATIVE, interpreter
 from apr_kernels.paged_attention.gpu_hopper_windows import HIDDEN, WINDOW_FIELDS, make_windows, prepare
+from apr_kernels.paged_attention.merge import merge
 
 from tests.apr_kernels.oracle import oracle, updated
 
@@ -75,7 +77,7 @@ def check(data: cases.CaseData):
     assert error <= 2 * np.abs(dense(data) - want_o).max()
     np.testing.assert_allclose(np.asarray(lse, np.float64), want_lse, atol=2e-6, rtol=2e-6)
     for got, want in zip((kv_pages.k, kv_pages.v), updated(data)):
-        np.testing.assert_array_equal(np.asarray(got), want)
+        np.testing.assert_array_equal(np.asarray(got, np.float32), want.astype(np.float32))
 
 
 @pytest.mark.parametrize("case", ALL, ids=lambda case: case.name)
@@ -111,6 +113,30 @@ def test_order_of_rows_does_not_matter(name):
     case = next(case for case in cases.CASES if case.name == name)
     rng = np.random.default_rng(4)
     check(cases.build(cases.shuffled(cases.with_page_size(case, 8), rng), rng, jnp.bfloat16))
+
+
+@pytest.mark.parametrize("head_dim", [128, 256])
+def test_merge_kernel_agrees_with_the_merge_in_xla(head_dim):
+    """Rows without partials, with a gap in the list, with partials that saw nothing, with queries of padding."""
+    rng = np.random.default_rng(7)
+    kv_heads, tokens, group = 2, 2, 2
+    partials = np.array([[-1, 3, 0, 7, 9, 11], [-1] * 6, [5, 8, -1, -1, -1, -1], [1, 2, -1, -1, -1, -1]], np.int32)
+    num_queries = np.array([2, 2, 1, 2], np.int32)
+    shape = (kv_heads, partials.size, tokens * group)
+    o, m, l = rng.normal(size=(*shape, head_dim)), rng.normal(size=shape) * 30, rng.uniform(0.5, 9, size=shape)
+    for array in (o, m, l):
+        array[:, ~np.isin(np.arange(partials.size), partials)] = np.nan
+    for empty in (8, 1, 2):  # row 2 has another partial, row 3 sees nothing
+        o[:, empty], m[:, empty], l[:, empty] = 0, NEGATIVE, 0
+    o, m, l = (array.astype(np.float32) for array in (o, m, l))
+    want = merge(o, m, l, partials, num_queries, tokens, jnp.float32)
+    stats = np.stack([m, m, l, l], axis=-1).reshape(kv_heads, -1, 4)
+    o = o.reshape(kv_heads, -1, head_dim)
+    options = {"interpret": None if on_hopper() else interpreter(True)}
+    got = gpu_hopper_merge.merge(o, stats, partials, num_queries, tokens, jnp.float32, **options)
+    for a, b in zip(got, want):
+        np.testing.assert_allclose(np.asarray(a), np.asarray(b), atol=2e-6, rtol=2e-6)
+    assert np.all(np.asarray(got[1])[[1, 3]] == -np.inf) and np.isfinite(got[1][0]).all()
 
 
 def walk(data: cases.CaseData, rows: int, tile: int) -> tuple[np.ndarray, np.ndarray]:
@@ -180,8 +206,8 @@ def test_windows_cover_what_each_query_sees(case, size, rows, tile):
     rng = np.random.default_rng(5)
     case = cases.with_page_size(case, size)
     update = jax.jit(functools.partial(kv_update, backend=backends.GPU_HOPPER))
-    for case in (case, cases.shuffled(case, rng)) if size == 8 else (case,):
-        data = cases.build(case, rng)
+    for variant in (case, cases.shuffled(case, rng)) if size == 8 else (case,):
+        data = cases.build(variant, rng)
         plan = cases.on_device(data.plan)
         kv_pages = update(data.kv_pages, data.k, data.v, plan, data.tail_len, data.num_queries)
         for got, want in zip((kv_pages.k, kv_pages.v), updated(data)):

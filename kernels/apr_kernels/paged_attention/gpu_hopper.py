@@ -36,13 +36,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from apr_kernels.kv_pages import NULL_PAGE, KVPages
+from apr_kernels.paged_attention import gpu_hopper_merge
 from apr_kernels.paged_attention.gpu_hopper_windows import WINDOW_FIELDS, Prepared, make_windows
 from apr_kernels.paged_attention.gpu_hopper_windows import prepare as prepare
 from apr_kernels.paged_attention.merge import merge
 from apr_kernels.paged_attention.tuning import HopperBlocks, hopper_blocks
 
 ROWS = 64  # queries of a consumer: the M of a wgmma
-STATS = 8  # lanes a query's maximum and sum take, half each: a copy's rows must be wide enough
+STATS = 8  # lanes a query's maximum and sum take, half each: a copy is 16 bytes at least, a wgmma layout 8 lanes
 NEGATIVE = -1e20  # the running maximum's start: far above HIDDEN, so that hidden scores weigh nothing
 SLAB = 8  # rows of a shared-memory tile: copies of queries begin at multiples of it
 
@@ -69,17 +70,13 @@ def paged_attention(q, kv_pages: KVPages, prepared: Prepared, num_queries, *, in
         blocks=blocks,
         interpret=interpret,
     )
+    if gpu_hopper_merge.can_merge(head_dim):
+        return gpu_hopper_merge.merge(
+            o, stats, prepared.partials, num_queries, num_tokens, q.dtype, interpret=interpreter(interpret)
+        )
     shape = (num_kv_heads, num_partials, queries)
-    stats = stats.reshape(*shape, -1)
-    return merge(
-        o.reshape(*shape, head_dim),
-        stats[..., 0],
-        stats[..., -1],
-        prepared.partials,
-        num_queries,
-        num_tokens,
-        q.dtype,
-    )
+    m, l = (stats[..., lane].reshape(shape) for lane in (0, -1))
+    return merge(o.reshape(*shape, head_dim), m, l, prepared.partials, num_queries, num_tokens, q.dtype)
 
 
 def _shifted_queries(q, num_kv_heads: int, rows: int):
@@ -114,9 +111,8 @@ class _Memory(NamedTuple):
 
 
 def _run_kernel(q, kv_pages, prepared, windows, num_windows, *, num_rows_out, chunk, group, causal, blocks, interpret):
-    """Returns o: f32[K, X * T * G, D] and stats: f32[K, X * T * G, lanes], maximum first, sum last."""
+    """Returns o: f32[K, X * T * G, D] and stats: f32[K, X * T * G, STATS], maximum first, sum last."""
     num_kv_heads, head_dim = q.shape[1], q.shape[3]
-    stats_lanes = STATS * 4 // math.gcd(chunk, 4)  # a copy out of shared memory begins at multiples of 128 bytes
     dtype = kv_pages.dtype
     swizzle = plgpu.find_swizzle(head_dim * 16)
     tiles = (plgpu.TilingTransform((SLAB, swizzle // 2)), plgpu.SwizzleTransform(swizzle))
@@ -127,7 +123,7 @@ def _run_kernel(q, kv_pages, prepared, windows, num_windows, *, num_rows_out, ch
     o_smem = plgpu.SMEM((consumers, ROWS, head_dim), jnp.float32)
     scratch = _Memory(
         q_o=(q_smem, o_smem) if interpret else plgpu.RefUnion(q_smem, o_smem),
-        stats=plgpu.SMEM((consumers, ROWS, stats_lanes), jnp.float32),
+        stats=plgpu.SMEM((consumers, ROWS, STATS), jnp.float32),
         k=plgpu.SMEM((stages, tile, head_dim), dtype, transforms=tiles),
         v=plgpu.SMEM((stages, tile, head_dim), dtype, transforms=tiles),
         visible=plgpu.SMEM((stages, tile), jnp.float32),
@@ -145,14 +141,14 @@ def _run_kernel(q, kv_pages, prepared, windows, num_windows, *, num_rows_out, ch
         body,
         out_type=[
             jax.ShapeDtypeStruct((num_kv_heads, num_rows_out, head_dim), jnp.float32),
-            jax.ShapeDtypeStruct((num_kv_heads, num_rows_out, stats_lanes), jnp.float32),
+            jax.ShapeDtypeStruct((num_kv_heads, num_rows_out, STATS), jnp.float32),
         ],
         scratch_types=[scratch],
         grid=(2 if interpret else blocks.ctas,),
         grid_names=("cta",),
         num_threads=consumers + 1,
         thread_name="warpgroup",
-        interpret=_interpreter() if interpret else None,
+        interpret=interpreter(interpret),
         compiler_params=plgpu.CompilerParams(
             approx_math=True, reduction_scratch_bytes=0, lowering_semantics=plgpu.LoweringSemantics.Lane
         ),
@@ -161,7 +157,10 @@ def _run_kernel(q, kv_pages, prepared, windows, num_windows, *, num_rows_out, ch
     return kernel(num_units, windows, prepared.page_ids, prepared.visible, q.astype(dtype), kv_pages.k, kv_pages.v)
 
 
-def _interpreter():
+def interpreter(interpret: bool):
+    """The `interpret` of a Mosaic GPU kernel."""
+    if not interpret:
+        return None
     from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams  # public from 0.11 on
 
     return InterpretGPUParams()
@@ -353,6 +352,7 @@ def _consume(
 
     def write(unit: _Unit, o, m, l):
         """Stages the results and copies those of the run's own queries, `chunk` at a time."""
+        plgpu.commit_smem()  # no warp still reads the queries that lay here
         o_smem[...] = o
         shape = stats_smem.shape
         lane = lax.broadcasted_iota(jnp.int32, shape, 1)
