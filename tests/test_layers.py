@@ -12,6 +12,7 @@ LAYERS = [
     {"scripts"},
     {"serving", "train"},
     {"reasoning", "tasks", "tracing"},
+    {"aot"},  # compiles what the engine runs
     {"testing"},  # stands on the engine, for tests of all above
     {"engine"},
     {"models", "cache"},

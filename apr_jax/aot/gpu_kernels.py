@@ -1,0 +1,103 @@
+"""What ptxas says of the Pallas kernels in a dump: registers, spills, shared memory, and what they are made of.
+
+XLA compiles its own kernels (products, fusions) into the same dump; they are not looked at.
+"""
+
+import dataclasses
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+# What to look for in PTX -> how it is called in the report.
+_INSTRUCTIONS = {
+    "wgmma.mma_async": r"\bwgmma\.mma_async\b",
+    "mma.sync": r"\bmma\.sync\b",
+    "tcgen05.mma": r"\btcgen05\.mma\b",
+    "cp.async": r"\bcp\.async\.(?:ca|cg)\b",
+    "cp.async.bulk": r"\bcp\.async\.bulk\b(?!\.tensor|\.commit|\.wait)",
+    "cp.async.bulk.tensor": r"\bcp\.async\.bulk\.tensor\b",
+    "ldmatrix": r"\bldmatrix\b",
+}
+_ENTRY = re.compile(r"\.entry\s+([\w$]+)\s*\(")
+_RESOURCES = re.compile(r"Used (\d+) registers(?:.*?(\d+) bytes smem)?")
+_SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
+
+
+@dataclasses.dataclass(frozen=True)
+class GpuKernel:
+    """A compiled kernel.
+
+    Attributes:
+      registers: a thread. spill_bytes: stores and loads of spilled registers, a thread.
+      shared_bytes: declared in the kernel; what a launch adds at run time is not known to ptxas.
+      instructions: how many of each kind of matrix and asynchronous-copy instruction its PTX holds.
+    """
+
+    name: str
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    instructions: dict[str, int]
+
+
+def find_kernels(dump_dir: Path, kernel_names: Iterable[str], ptxas: Path, module: str) -> list[GpuKernel]:
+    """The Pallas kernels among the PTX files of a dump, each once however many layers run it.
+
+    Args:
+      kernel_names: of Triton kernels; those of Mosaic GPU lie in files of their own and are all taken.
+      ptxas: the assembler.
+      module: what names of XLA's files hold, such as "jit_decode".
+
+    Raises:
+      RuntimeError: ptxas refuses a kernel.
+    """
+    names = set(kernel_names)
+    texts: dict[str, tuple[str, str]] = {}
+    for path in sorted(dump_dir.rglob("*.ptx")):
+        if path.name.startswith("module_") and f".{module}." not in path.name:
+            continue
+        text = path.read_text(errors="replace")
+        entry = _ENTRY.search(text)
+        if entry is None:
+            continue
+        is_ours = not path.name.startswith("module_") or re.sub(r"_\d+$", "", entry[1]) in names or entry[1] in names
+        if is_ours:
+            body = re.sub(r"//.*", "", text).replace(entry[1], "kernel")
+            texts.setdefault(body, (entry[1], text))
+    return [_assemble(name, text, ptxas) for name, text in texts.values()]
+
+
+def parse_ptxas(name: str, report: str, ptx: str) -> GpuKernel:
+    """A kernel from what `ptxas -v` printed of it.
+
+    Raises:
+      RuntimeError: the report says nothing of registers.
+    """
+    used = _RESOURCES.search(report)
+    if used is None:
+        raise RuntimeError(f"ptxas says nothing of {name}: {report[:500]}")
+    spills = [int(stores) + int(loads) for _, stores, loads in _SPILLS.findall(report)]
+    code = re.sub(r"//.*", "", ptx)
+    counts = {kind: len(re.findall(pattern, code)) for kind, pattern in _INSTRUCTIONS.items()}
+    return GpuKernel(
+        name=name,
+        registers=int(used[1]),
+        spill_bytes=sum(spills),
+        shared_bytes=int(used[2] or 0),
+        instructions={kind: count for kind, count in counts.items() if count},
+    )
+
+
+def _assemble(name: str, text: str, ptxas: Path) -> GpuKernel:
+    target = re.search(r"^\.target\s+(\w+)", text, re.MULTILINE)
+    architecture = target[1] if target else "sm_80"
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(text)
+        command = [str(ptxas), "-v", f"-arch={architecture}", str(source), "-o", str(Path(folder) / "kernel.cubin")]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    if done.returncode:
+        raise RuntimeError(f"ptxas refuses {name}: {done.stderr.strip()[:500]}")
+    return parse_ptxas(name, done.stderr + done.stdout, text)
