@@ -166,6 +166,17 @@ class KVCache(Ledger):
             del context.segments[-1].token_ids[-n:]
             context.next_position -= n
 
+    def drop_last(self, context: Context) -> list[int]:
+        """Gives up the context's last segment, a sealed one of its own; returns its tokens, which have no keys now."""
+        segment = context.segments[-1]
+        assert segment.sealed and len(context.segments) > context.fork_index, segment
+        assert segment.end_position == context.next_position, "what was joined cannot be taken back"
+        context.segments.pop()
+        context.next_position = segment.start_position
+        token_ids = list(segment.token_ids)
+        self._drop(segment)
+        return token_ids
+
     def trim(self, context: Context) -> None:
         """Frees the tail's pages beyond those in use; a tail without tokens goes away."""
         tail = context.tail

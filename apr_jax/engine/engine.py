@@ -53,6 +53,7 @@ class EngineCore(StoppedThreads):
         token_lists: Sequence[Sequence[int]],
         *,
         sampling: SamplingParams | Sequence[SamplingParams],
+        drop: int = 0,
     ) -> list[Thread]:
         """The thread is suspended and children continue its context, each starting with its own forced tokens.
 
@@ -61,12 +62,15 @@ class EngineCore(StoppedThreads):
             forced token, by every child at its own position.
           token_lists: forced tokens of each child; may be empty.
           sampling: one for all children or one each.
+          drop: how many of the thread's last tokens are taken back first, so that neither it nor its children hold
+            them: all of them behind its last join. Every child then needs forced tokens.
 
         Returns:
           The children, in order; those that find no room wait for their turn.
 
         Raises:
-          ValueError: no child, or the thread has not stopped, or was marked and has not gone on.
+          ValueError: no child, or the thread has not stopped, or was marked and has not gone on, or has no so many
+            tokens to drop.
           OutOfPages: the children cannot fit the family's bound.
         """
         self._check_may_fork(thread)
@@ -76,9 +80,17 @@ class EngineCore(StoppedThreads):
         needed = self.scheduler.family_pages(thread.family) + len(lists)  # a page a child, at least
         if needed > bound:
             raise OutOfPages(needed, bound, "the family's bound")
+        own = len(thread.token_ids) - (thread.joins[-1].at if thread.joins else 0)
+        check(0 <= drop <= own, f"{drop} tokens to drop, the thread has {own} behind its last join")
+        check(not drop or all(lists), "children of a fork that drops tokens need forced ones")
         carried: list[int] = []
         if all(lists):
-            self._flush([thread])
+            dropped = self._take_back(thread, drop)
+            try:
+                self._flush([thread])
+            except OutOfPages:
+                self._force(thread, dropped)
+                raise
         else:
             if not thread.pending:
                 self._unfeed_last(thread)

@@ -29,6 +29,13 @@ class TokenEvent(Event):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class RewindEvent(Event):
+    """A thread lost its last tokens again: its fork took them back."""
+
+    num_tokens: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ForkEvent(Event):
     child_ids: tuple[int, ...]
     spawned: bool = False

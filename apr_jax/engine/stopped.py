@@ -39,6 +39,36 @@ class StoppedThreads(Loop):
         if ids and thread.status is not Status.WAITING:
             self._emit_forced(thread, ids)
 
+    def _take_back(self, thread: Thread, count: int) -> list[int]:
+        """A stopped thread loses its last tokens, their keys too; they count as overshoot. Returns them.
+
+        What comes before them in a segment that is sealed already has to be computed again.
+        """
+        if count == 0:
+            return []
+        context = thread.context
+        assert context is not None
+        left = count - min(count, len(thread.pending))
+        del thread.pending[-count:]
+        while left > context.tail_len:
+            left -= context.tail_len
+            self.cache.rollback(context, context.tail_len)
+            self.cache.trim(context)
+            again = self.cache.drop_last(context)
+            taken = min(left, len(again))
+            left -= taken
+            thread.pending = again[: len(again) - taken] + thread.pending
+            thread.family.counters.reprefill_tokens += len(again) - taken
+        self.cache.rollback(context, left)
+        self.cache.trim(context)
+        dropped = thread.token_ids[-count:]
+        for values in (thread.token_ids, thread.sampled, thread.logprobs):
+            del values[-count:]
+        thread.is_flushed = False
+        thread.family.counters.overshoot_tokens += count
+        self.emit(events.RewindEvent, thread, num_tokens=count)
+        return dropped
+
     def _emit_forced(self, thread: Thread, ids: Sequence[int]) -> None:
         self.emit(events.TokenEvent, thread, token_ids=tuple(ids), sampled=(False,) * len(ids))
 

@@ -125,8 +125,10 @@ class Answers:
             for p, ids in zip(each, action.token_lists, strict=True)
         ]
         try:
-            split = self.core.spawn if isinstance(action, Spawn) else self.core.fork
-            children = split(thread, action.token_lists, sampling=params)
+            if isinstance(action, Spawn):
+                children = self.core.spawn(thread, action.token_lists, sampling=params)
+            else:
+                children = self.core.fork(thread, action.token_lists, sampling=params, drop=action.drop)
         except OutOfPages as error:
             return str(error)
         run.budget.give(children, limit)
@@ -142,11 +144,15 @@ class Answers:
         return None
 
     def _join(self, run: Run, thread: Thread, action: Join) -> None:
-        children = list(action.children)
-        params = self._granted(run, thread, action.tokens, action.sampling)
+        children, tokens = list(action.children), action.tokens
+        room = max(1, run.budget.room(thread))
+        if action.mode == "splice" and len(tokens) > room:  # how much children return is not known at the fork
+            self._degrade(run, thread, f"{len(tokens)} tokens to splice cut to the {room} that are left")
+            tokens = tokens[:room]
+        params = self._granted(run, thread, tokens, action.sampling)
         while True:
             try:
-                self.core.join(thread, children, mode=action.mode, tokens=action.tokens, sampling=params)
+                self.core.join(thread, children, mode=action.mode, tokens=tokens, sampling=params)
                 break
             except OutOfPages as error:
                 if not children:

@@ -94,12 +94,14 @@ class Fork(Action):
       closing_len: forced tokens that the program may still add to a child when its budget is spent.
       joining_len: forced tokens that the thread goes on with after the join. Both are kept back from the
         budget.
+      drop: tokens at the thread's end that are taken back first: they belong to no thread any more.
     """
 
     token_lists: Sequence[Sequence[int]]
     sampling: SamplingParams | Sequence[SamplingParams]
     closing_len: int = 0
     joining_len: int = 0
+    drop: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
