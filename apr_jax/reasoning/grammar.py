@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from apr_jax.engine.thread import Stop, Thread
 from apr_jax.reasoning.grammars.declaration import Grammar as Grammar
 from apr_jax.reasoning.program import Append, Finish, Fork, Join, Mark, Program, Request, Wait
+from apr_jax.reasoning.tags import Tags
 from apr_jax.tokenizers import Tokenizer
 from apr_jax.types import SamplingParams
 
@@ -40,14 +41,14 @@ class GrammarProgram(Program):
         tags = [grammar.trigger, grammar.closer]
         if grammar.join == "conclusion" and grammar.conclusion_marker is not None:
             tags.append(grammar.conclusion_marker)
-        self._tag_ids = {tag: tokenizer.token_id(tag) for tag in tags}
+        self._tags = Tags(tokenizer, tags)
 
     def start(self, request: Request) -> Append:
-        return Append(sampling=self._with_stops(request.sampling, [self.grammar.trigger, self.grammar.closer]))
+        return Append(sampling=self._tags.only(request.sampling, [self.grammar.trigger, self.grammar.closer]))
 
     def on_stop(self, thread: Thread, stop: Stop) -> Append | Mark | Fork | Finish:
         grammar, is_child = self.grammar, thread.parent is not None
-        tag = self._tag(stop)
+        tag = self._tags.at(stop)
         if tag == grammar.trigger:
             return self._at_trigger(thread, stop)
         if stop.reason == "prefilled" and self._is_led(thread):
@@ -148,13 +149,6 @@ class GrammarProgram(Program):
 
     # What stands in a thread.
 
-    def _tag(self, stop: Stop) -> str | None:
-        """The grammar's tag that a thread has stopped at."""
-        if stop.reason == "stop_string":
-            return stop.string if stop.string in self._tag_ids else None
-        by_id = {tag_id: tag for tag, tag_id in self._tag_ids.items() if tag_id is not None}
-        return by_id.get(stop.token_id) if stop.reason == "stop_id" and stop.token_id is not None else None
-
     def _is_closed(self, thread: Thread) -> bool:
         """Whether the closer was forced on the thread: it had stopped before."""
         return not thread.sampled[-1] and thread.token_ids[-len(self._closer) :] == self._closer
@@ -182,26 +176,9 @@ class GrammarProgram(Program):
 
     def _child_sampling(self, thread: Thread) -> SamplingParams:
         grammar = self.grammar
-        tags = [tag for tag in self._tag_ids if tag != grammar.trigger or grammar.nested]
+        tags = [tag for tag in self._tags.ids if tag != grammar.trigger or grammar.nested]
         return dataclasses.replace(
-            self._with_stops(self._without_tags(thread.sampling), tags),
+            self._tags.only(thread.sampling, tags),
             max_new_tokens=grammar.max_child_tokens or UNBOUNDED,
             **grammar.child_sampling,
-        )
-
-    def _with_stops(self, sampling: SamplingParams, tags: Sequence[str]) -> SamplingParams:
-        ids = [self._tag_ids[tag] for tag in tags]
-        stop_ids = [*sampling.stop_ids, *(i for i in ids if i is not None)]
-        strings = [*sampling.stop, *(tag for tag, i in zip(tags, ids, strict=True) if i is None)]
-        return dataclasses.replace(
-            sampling, stop_ids=tuple(dict.fromkeys(stop_ids)), stop=tuple(dict.fromkeys(strings))
-        )
-
-    def _without_tags(self, sampling: SamplingParams) -> SamplingParams:
-        """The parameters with the request's own stops only."""
-        ids = set(self._tag_ids.values())
-        return dataclasses.replace(
-            sampling,
-            stop_ids=tuple(i for i in sampling.stop_ids if i not in ids),
-            stop=tuple(s for s in sampling.stop if s not in self._tag_ids),
         )

@@ -5,6 +5,7 @@ import dataclasses
 from apr_jax.config import check
 from apr_jax.engine.thread import JoinMode
 from apr_jax.reasoning.grammar import GrammarProgram
+from apr_jax.reasoning.grammars.apr import AprProgram
 from apr_jax.reasoning.grammars.custom import load_grammar
 from apr_jax.reasoning.grammars.multiverse import MULTIVERSE
 from apr_jax.reasoning.grammars.npr import NPR
@@ -15,7 +16,7 @@ from apr_jax.reasoning.sequential import SequentialProgram
 from apr_jax.tokenizers import Tokenizer
 
 GRAMMARS = {grammar.name: grammar for grammar in (MULTIVERSE, NPR, THREADWEAVER, PARALLEL_R1)}
-PROGRAM_NAMES = ("sequential", *GRAMMARS)
+PROGRAM_NAMES = ("sequential", *GRAMMARS, AprProgram.name)
 
 
 def make_program(name: str, tokenizer: Tokenizer, join: JoinMode | None = None) -> Program:
@@ -37,4 +38,4 @@ def make_program(name: str, tokenizer: Tokenizer, join: JoinMode | None = None) 
         grammar = load_grammar(name) if is_file else GRAMMARS[name]
         return GrammarProgram(grammar if join is None else dataclasses.replace(grammar, join=join), tokenizer)
     check(join is None, f"join is {join!r}, program {name!r} has no join to replace")
-    return SequentialProgram()
+    return AprProgram(tokenizer) if name == AprProgram.name else SequentialProgram()
