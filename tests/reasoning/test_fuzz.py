@@ -8,6 +8,7 @@ import pytest
 from transcripts import assert_all_pages_free, grammar_tokenizer, path_name, scripted_engine
 
 from apr_jax.reasoning.grammar import Grammar
+from apr_jax.reasoning.grammars.apr import CALLING, END_CALLING, END_RESULTS, RESULTS
 from apr_jax.reasoning.program import Guards
 from apr_jax.reasoning.programs import GRAMMARS, make_program
 from apr_jax.testing import tiny_config
@@ -61,11 +62,11 @@ def babble(tokenizer, pieces: tuple[list[str], list[str]], seed: int):
     return script
 
 
-def engine_for(script, tokenizer, **fields):
+def engine_for(script, tokenizer, max_position=300, **fields):
     return scripted_engine(
         script,
         tokenizer,
-        model_config=tiny_config(vocab_size=tokenizer.vocab_size, max_position=300),
+        model_config=tiny_config(vocab_size=tokenizer.vocab_size, max_position=max_position),
         **{"page_size": 8, "max_threads": 8, "steps_per_dispatch": 4, **fields},
     )
 
@@ -104,6 +105,41 @@ def assert_explained(out, grammar: Grammar) -> None:
             assert f"thread {thread.id}: {grammar.trigger} inside a thread is text" in reasons
     if out.finish_reason == "unclosed":
         assert f"ended without {grammar.closer}" in reasons
+
+
+APR_PROMPT = "Moving to Node #0\nCurrent State: 9:[1, 2, 3], Operations: []\n"
+APR_TAGS = [CALLING, CALLING, RESULTS, END_CALLING, END_CALLING, END_RESULTS]
+APR_LINES = [
+    "Generated Node #0,0: 9:[3, 3] Operation: 1+2=3\n",
+    "Generated Node #0,1: 9:[2, 4] Operation: 1+3=4\nGenerated Node #4,1: 9:[2, 4] Operation: 1+3=4\n",
+    "Moving to Node #0,0\nCurrent State: 9:[3, 3], Operations: ['1+2=3']\n",
+    "\n<Start Sub Search 0 at level 1> Moving to Node #0,0\n",
+    "\n<Start Sub Search 0 at level 1> Moving to Node #0,0\n<Start Sub Search 1 at level 1> Moving to Node #0,1\n",
+    "\n<Start Sub Search 0 at level 1> Moving to Node #9\n<Start Sub Search",
+    "9,9 equal: Goal Reached\npath: Goal Reached\n",
+]
+
+
+@pytest.mark.parametrize("seed", range(16))
+@pytest.mark.parametrize("one_token_tags", [True, False])
+@pytest.mark.parametrize("num_pages", [512, 60])
+@pytest.mark.parametrize("max_tail_pages", [1, 32])
+def test_babbling_searches_end_and_leak_nothing(seed, one_token_tags, num_pages, max_tail_pages):
+    tokenizer = ByteTokenizer(tuple(dict.fromkeys(APR_TAGS)) if one_token_tags else ())
+    script = babble(tokenizer, (APR_TAGS, APR_LINES), seed)
+    engine = engine_for(script, tokenizer, 450, num_pages=num_pages, max_tail_pages=max_tail_pages)
+    sampling = SamplingParams(max_new_tokens=[60, 200, 380][seed % 3], stop=((), ("zq",))[seed % 2])
+    guards = Guards(max_depth=2 - (seed % 5 == 0), max_fan_out=1 + seed % 2, max_family_tokens=1500)
+    prompts = [f"{'x' * i}{APR_PROMPT}" for i in range(3)] + ["no state"]
+    outs = engine.generate(prompts, "apr", sampling=sampling, guards=guards)
+    assert_all_pages_free(engine)
+    for out in outs:
+        assert out.metrics.total_tokens <= 1500
+        assert out.metrics.critical_path_tokens <= sampling.max_new_tokens
+        assert out.finish_reason in REASONS
+        assert CALLING not in out.text or out.degraded
+        for thread in out.threads[1:]:
+            assert thread.start_position == 0 or thread.text.endswith(f"{END_CALLING}\n") or out.degraded
 
 
 # One stream a way to go wrong: what each thread says by its path, and the reason that must be recorded.
