@@ -34,6 +34,7 @@ def set_up(target: AotTarget, dump_dir: Path) -> None:
             f"--target={target.name}: the TPU compiler is not installed: pip install libtpu",
         )
         os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+        os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # its lock is for chips, of which none is touched
         os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
     else:
         check(

@@ -76,8 +76,8 @@ class StepReport:
 
     @property
     def spills(self) -> int | None:
-        """Bytes that the Pallas kernels spill; None where no compiler says."""
-        return None if self.kernels is None else sum(kernel.spill_bytes for kernel in self.kernels)
+        """Bytes that the Pallas kernels spill; None where no compiler says, or there is no kernel."""
+        return sum(kernel.spill_bytes for kernel in self.kernels) if self.kernels else None
 
     def as_object(self) -> dict[str, Any]:
         """For JSON."""

@@ -1,0 +1,78 @@
+"""The steps' arguments: real shapes, nothing allocated."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from apr_jax.aot.target import find_target
+from apr_jax.aot.workload import Contexts, Workload, make_workload
+from apr_jax.config import EngineConfig
+from apr_jax.models.params import param_shapes
+from apr_jax.models.presets import PRESETS
+from apr_jax.testing import tiny_config
+
+
+# Parameters as the models' cards and checkpoints count them; tied embeddings once.
+@pytest.mark.parametrize(
+    ("name", "num_params"),
+    [
+        ("llama3_8b", 8_030_261_248),
+        ("llama3_70b", 70_553_706_496),
+        ("qwen3_0_6b", 596_049_920),
+        ("qwen3_4b", 4_022_468_096),
+        ("qwen3_8b", 8_190_735_360),
+        ("qwen3_32b", 32_762_123_264),
+    ],
+)
+def test_presets_have_the_published_sizes(name, num_params):
+    assert sum(x.size for x in param_shapes(PRESETS[name], jnp.bfloat16).values()) == num_params
+
+
+def workload(contexts: Contexts, *, num_pages=None, own_config=None, **engine) -> Workload:
+    config = own_config or tiny_config(head_dim=64, max_position=4096)
+    fields = {"max_threads": contexts.threads, "prefill_chunk": 32, "attention": "reference"} | engine
+    return make_workload(find_target("h200"), jax.devices(), config, EngineConfig(**fields), contexts, 16, num_pages)
+
+
+def test_bytes_to_read():
+    contexts = Contexts(threads=8, context=100, own=20)
+    assert contexts.unique_tokens == 80 + 8 * 20
+    config = tiny_config(head_dim=64, max_position=4096, tie_embeddings=False)
+    made = workload(contexts, own_config=config)
+    token = 2 * 4 * config.num_kv_heads * 64 * config.num_layers
+    assert made.token_bytes == token
+    assert made.num_pages == 1 + 80 // 16 + 8 * 32
+    prefill, decode = made.steps
+    weights = {name: 4 * x.size for name, x in param_shapes(config, jnp.float32).items()}
+    total = sum(weights.values())
+    assert made.read_bytes(decode) == total - weights["embedding"] + 240 * token
+    unread = weights["embedding"] + weights["lm_head"] + weights["final_norm.scale"]
+    assert made.read_bytes(prefill) == total - unread + (80 + 4 * 20) * token
+
+
+def test_arguments_are_shapes():
+    made = workload(Contexts(threads=8, context=100, own=20))
+    for step in made.steps:
+        assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(step.args))
+    tokens = made.steps[0].args[4]
+    assert tokens.shape == (4, 32)
+
+
+@pytest.mark.parametrize(
+    ("contexts", "changes", "message"),
+    [
+        ({"threads": 0}, {}, "threads is 0, must be >= 1"),
+        ({"own": 101}, {}, "own is 101, must be in [0, context = 100]"),
+        ({"context": 4096}, {}, "context is 4096, the model's window is 4096 tokens"),
+        ({"context": 1000, "own": 512}, {}, "own is 512, a tail has room for 511"),
+        ({}, {"num_pages": 100}, "num_pages is 100, the contexts need"),
+        ({}, {"tensor": 3}, "tensor is 3, it must divide num_heads"),
+        ({}, {"attention": "pallas", "kv_dtype": "float64"}, "attention=pallas: no Pallas kernel"),
+        ({}, {"prefill_chunk": 513}, "a prefill chunk of 513 tokens, a tail has room for 512"),
+    ],
+)
+def test_refused(contexts, changes, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        workload(Contexts(**({"threads": 8, "context": 100, "own": 20} | contexts)), **changes)
