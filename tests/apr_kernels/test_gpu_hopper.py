@@ -15,7 +15,8 @@ from apr_kernels import backends, cases
 from apr_kernels.kv_pages import make_kv_pages
 from apr_kernels.kv_update import kv_update
 from apr_kernels.paged_attention import gpu_hopper_merge, paged_attention
-from apr_kernels.paged_attention.gpu_hopper import NEGATIVE, interpreter
+from apr_kernels.paged_attention.gpu_hopper import interpreter
+from apr_kernels.paged_attention.gpu_hopper_memory import NEGATIVE
 from apr_kernels.paged_attention.gpu_hopper_windows import HIDDEN, WINDOW_FIELDS, make_windows, prepare
 from apr_kernels.paged_attention.merge import merge
 
@@ -37,16 +38,14 @@ def on_hopper() -> bool:
 
 
 def call(data: cases.CaseData):
-    """Update, then attention: (kv_pages, o, lse)."""
-
-    @jax.jit
-    def step(kv_pages, q, k, v, plan, tail_len, num_queries):
-        options = {"backend": backends.GPU_HOPPER, "interpret": not on_hopper()}
-        kv_pages = kv_update(kv_pages, k, v, plan, tail_len, num_queries, **options)
-        return kv_pages, *paged_attention(q, kv_pages, plan, tail_len, num_queries, **options)
-
-    arrays = (data.q, data.k, data.v, cases.on_device(data.plan), data.tail_len, data.num_queries)
-    return step(data.kv_pages, *arrays)
+    """Update, then attention: (kv_pages, o, lse). Under one jit the interpreter may wait for itself."""
+    options = {"backend": backends.GPU_HOPPER, "interpret": not on_hopper()}
+    update, attend = (functools.partial(each, **options) for each in (kv_update, paged_attention))
+    if on_hopper():
+        update, attend = jax.jit(update), jax.jit(attend)
+    rest = (cases.on_device(data.plan), jnp.asarray(data.tail_len), jnp.asarray(data.num_queries))
+    kv_pages = jax.block_until_ready(update(data.kv_pages, data.k, data.v, *rest))
+    return kv_pages, *attend(data.q, kv_pages, *rest)
 
 
 def dense(data: cases.CaseData) -> np.ndarray:

@@ -16,6 +16,7 @@ from apr_kernels.plan import Plan
 
 HIDDEN = -1e30
 RUN_TOKENS = 128  # a run's pages begin at a multiple of this many tokens: no tile has tokens of two runs
+SLAB = 8  # rows of a shared-memory tile: tiled copies begin at multiples of it
 _NEVER = 2**30
 
 WINDOW_FIELDS = (
@@ -160,16 +161,16 @@ def make_windows(prepared: Prepared, queries: int, group: int, rows: int, tile: 
         num_seen = jnp.where(prepared.ends_in_tail[run], jnp.minimum(num_seen, last_token + last_query + 1), num_seen)
         num_plain = jnp.where(last_token < _NEVER, (last_token + 1) // tile * tile, num_seen)
     num_tiles = -(-num_seen // tile)
-    slab = 8
-    step = math.gcd(queries, slab)
+
+    step = math.gcd(queries, SLAB)
     first_row = of_run["first_row"] * queries
     fields = {
         "first_page": of_run["first_page"],
         "num_pages": of_run["num_pages"],
         "num_tiles": num_tiles,
         "num_plain": jnp.minimum(num_tiles, -(-num_plain // tile)),
-        "q_copy": first_row % slab // step,
-        "q_row": first_row // slab * slab + first_query,
+        "q_copy": first_row % SLAB // step,
+        "q_row": first_row // SLAB * SLAB + first_query,
         "out_row": of_run["partial_start"] * queries + first_query,
         "num_live": num_live,
         "first_query": first_query,
