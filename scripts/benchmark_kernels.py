@@ -56,7 +56,9 @@ _SUITE = flags.DEFINE_enum("suite", None, sorted(SUITES), "Cases to run. By defa
 _CASES = flags.DEFINE_list("cases", None, "Names of cases, instead of a suite.")
 _BACKEND = flags.DEFINE_enum("backend", None, BACKENDS, "Instead of the platform's.")
 _INTERPRET = flags.DEFINE_bool("interpret", False, "Check every Pallas backend in interpret mode; times nothing.")
-_BASELINES = flags.DEFINE_list("baselines", list(BASELINES), "What to compare with.")
+_BASELINES = flags.DEFINE_list(
+    "baselines", None, f"What to compare with, of {', '.join(BASELINES)}. By default all, in interpret mode none."
+)
 _DTYPE = flags.DEFINE_enum("dtype", None, DTYPES, "Of queries. By default bfloat16; on a CPU float32.")
 _KV_DTYPE = flags.DEFINE_enum("kv_dtype", None, KV_DTYPES, "Of pages. By default that of queries.")
 _PAGE_SIZE = flags.DEFINE_integer("page_size", 16, "Tokens a page.", lower_bound=1)
@@ -74,7 +76,7 @@ _MIN_SHARED = flags.DEFINE_integer("min_shared_tokens", 200, "Shorter shared run
 _MODEL = flags.DEFINE_enum("model", "qwen3_8b", ["qwen3_8b", "tiny"], "Of step cases.")
 _REPEATS = flags.DEFINE_integer("repeats", None, "Of each timing. By default 5, on a CPU 3.", lower_bound=1)
 _MIN_MS = flags.DEFINE_float("min_ms", 30.0, "Device time of each repeat.", lower_bound=0.0)
-_BUDGET_S = flags.DEFINE_float("budget_s", None, "After so many seconds no further case is begun.", lower_bound=1.0)
+_BUDGET_S = flags.DEFINE_float("budget_s", None, "After so many seconds no further case is begun.", lower_bound=0.0)
 _SEED = flags.DEFINE_integer("seed", 0, "Of data and page ids.")
 _OUTPUT_JSON = flags.DEFINE_string("output_json", None, "Write the last line into this file as well.")
 _MARKDOWN = flags.DEFINE_string("markdown", None, "Write a Markdown table, such as docs/results/kernels_h200.md.")
@@ -132,9 +134,15 @@ def _names(device_platform: str) -> tuple[str, ...]:
     for name in names:
         if not _is_step(name):
             parse_case(name)
-    unknown = set(_BASELINES.value) - set(BASELINES)
+    unknown = set(_wanted()) - set(BASELINES)
     check(not unknown, f"--baselines has {', '.join(sorted(unknown))}, must be of {', '.join(BASELINES)}")
     return names
+
+
+def _wanted() -> tuple[str, ...]:
+    """The baselines asked for."""
+    default = () if _INTERPRET.value else tuple(BASELINES)
+    return default if _BASELINES.value is None else tuple(_BASELINES.value)
 
 
 def _is_step(name: str) -> bool:
@@ -233,7 +241,7 @@ class _Benchmark:
         """Our kernel and JAX's on every case, then FlashInfer's, whose kernels are compiled meanwhile."""
         settings = self._settings(backend)
         compiling = None
-        wants_flashinfer = self._timed and "flashinfer" in _BASELINES.value
+        wants_flashinfer = self._timed and "flashinfer" in _wanted()
         if wants_flashinfer and self._platform == "cuda":
             sizes = (settings.num_heads, settings.num_kv_heads, settings.head_dim)
             compiling = start_compiling(*sizes, settings.dtype)
@@ -290,11 +298,11 @@ class _Benchmark:
         )
 
     def _rates(self, dtype: str) -> tuple[float, float]:
-        """Bytes and operations a second: the best of two sizes each."""
+        """Bytes and operations a second: the best of two sizes each, on a CPU of one."""
         on_cpu = self._platform == "cpu"
         options = {"repeats": _repeats(on_cpu), "min_s": 1e-3 * _MIN_MS.value}
-        copy = max(copy_bandwidth(size << 20, **options) for size in ((256, 512) if on_cpu else (1024, 4096)))
-        rate = max(matmul_rate(size, dtype, **options) for size in ((512, 1024) if on_cpu else (4096, 8192)))
+        copy = max(copy_bandwidth(size << 20, **options) for size in ((128,) if on_cpu else (1024, 4096)))
+        rate = max(matmul_rate(size, dtype, **options) for size in ((512,) if on_cpu else (4096, 8192)))
         self._measured = {"copy_gb_per_s": 1e-9 * copy, "matmul_tflops": 1e-12 * rate}
         print(f"copy {1e-9 * copy:,.1f} GB/s, matmul {1e-12 * rate:,.2f} TFLOP/s", flush=True)
         return copy, rate
@@ -304,7 +312,7 @@ class _Benchmark:
         kind = "step" if _is_step(name) else parse_case(name).kind
         failed = {"name": name, "kind": kind, "backend": settings.backend, "us": None}
         if _BUDGET_S.value is not None and time.monotonic() - self._started > _BUDGET_S.value:
-            return failed | {"skipped": f"--budget_s={_BUDGET_S.value:g} were over"}
+            return failed | {"skipped": f"--budget_s={_BUDGET_S.value:g} are over"}
         try:
             if kind == "step":
                 return {**failed, **_step(name, settings, self._timed)}
@@ -316,7 +324,7 @@ class _Benchmark:
 
     def _flashinfer(self, found: dict[str, Any], settings: Settings) -> dict[str, Any]:
         if _BUDGET_S.value is not None and time.monotonic() - self._started > _BUDGET_S.value:
-            return absent(f"--budget_s={_BUDGET_S.value:g} were over")
+            return absent(f"--budget_s={_BUDGET_S.value:g} are over")
         try:
             run = CaseRun(parse_case(found["name"]), settings)
             return flashinfer(run, self._platform, run.reference())
@@ -355,13 +363,13 @@ def _case(case: KernelCase, settings: Settings, device_platform: str, timed: boo
         **run.measure(settings.min_shared_tokens, expected, timed=timed),
         "baselines": {name: absent("left out by --baselines") for name in BASELINES},
     }
-    if "private" in _BASELINES.value:
+    if "private" in _wanted():
         found["baselines"]["private"] = _private(run, expected, timed)
-    if "jax" in _BASELINES.value:
+    if "jax" in _wanted():
         pallas = {"tpu": "tpu", "gpu_hopper": "cuda", "gpu_triton": "cuda"}
         kernels_of = device_platform if timed else pallas[settings.backend]
         found["baselines"]["jax"] = jax_public(run, kernels_of, expected, timed=timed)
-    if "flashinfer" in _BASELINES.value:
+    if "flashinfer" in _wanted():
         found["baselines"]["flashinfer"] = absent(why_absent(device_platform) or "not reached")
     if found["us"] is not None:
         seconds = 1e-6 * found["us"]

@@ -126,10 +126,10 @@ class _Step:
 
     def time_dispatch(self) -> float:
         """Seconds a step."""
-        return self._time(lambda state: self.decode(self.params, state[0], *self.inputs), (self.pages, None), STEPS)
+        return self._time_pages(lambda pages: self.decode(self.params, pages, *self.inputs)[0])
 
     def parts(self) -> dict[str, Callable[[], float]]:
-        """What to call for the seconds of each part; they take turns with the pages."""
+        """What to call for the seconds of each part."""
         return {
             "attention": self._attention,
             "kv update": self._update,
@@ -137,18 +137,18 @@ class _Step:
             "logits and sampling": self._sampling,
         }
 
-    def _time(self, run: Callable, start: Any, calls: int) -> float:
-        """Times a run that donates its state; the pages, where they are in it, are kept for the next."""
-        last = [start]
+    def _time(self, run: Callable, start: Any) -> float:
+        """Seconds of each of the STEPS that a pass makes."""
+        return time_passes(run, start, STEPS, repeats=self.settings.repeats, min_s=self.settings.min_s).median
 
-        def keep(state):
-            last[0] = run(state)
-            return last[0]
+    def _time_pages(self, run: Callable) -> float:
+        """The same of a pass that donates the pages and returns them: they are kept for the next."""
 
-        timing = time_passes(keep, start, calls, repeats=self.settings.repeats, min_s=self.settings.min_s)
-        if start is not last[0] and isinstance(start, tuple):
-            self.pages = last[0][0]
-        return timing.median
+        def keep(pages):
+            self.pages = run(pages)
+            return self.pages
+
+        return self._time(keep, self.pages)
 
     def _lengths(self):
         return self.inputs[1], jnp.ones(self.num_rows, jnp.int32)
@@ -172,7 +172,7 @@ class _Step:
 
         shape = (self.num_rows, 1, self.config.num_heads, self.config.head_dim)
         q = jax.random.normal(jax.random.key(0), shape, self.settings.dtype)
-        return self._time(lambda q: run(q, self.pages, prepared), q, STEPS)
+        return self._time(lambda q: run(q, self.pages, prepared), q)
 
     def _update(self) -> float:
         tail_len, num_queries = self._lengths()
@@ -187,7 +187,7 @@ class _Step:
 
             return lax.fori_loop(0, STEPS, body, pages)
 
-        return self._time(lambda state: (run(state[0], k),), (self.pages,), STEPS)
+        return self._time_pages(lambda pages: run(pages, k))
 
     def _layers(self) -> float:
         """The decoder with an `attend` that reads no pages: o = q + k + v."""
@@ -208,7 +208,7 @@ class _Step:
             return lax.fori_loop(0, STEPS, body, tokens)
 
         tokens = jnp.arange(self.num_rows, dtype=jnp.int32) % self.config.vocab_size
-        return self._time(lambda tokens: run(tokens, self.params), tokens, STEPS)
+        return self._time(lambda tokens: run(tokens, self.params), tokens)
 
     def _sampling(self) -> float:
         batch, graph = self.batch, self.graph
@@ -227,7 +227,7 @@ class _Step:
             return lax.fori_loop(0, STEPS, body, hidden)
 
         hidden = jax.random.normal(jax.random.key(2), (self.num_rows, self.config.d_model), self.settings.dtype)
-        return self._time(lambda hidden: run(hidden, self.params, state, seen), hidden, STEPS)
+        return self._time(lambda hidden: run(hidden, self.params, state, seen), hidden)
 
 
 def _random_params(config: ModelConfig, settings: Settings) -> Callable[[str], jax.Array]:

@@ -6,7 +6,6 @@ Letters: R rows, T queries a row, H heads, K KV heads, D head dim, N pages of a 
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from apr_kernels.kv_pages import is_quantised
@@ -60,9 +59,9 @@ def jax_public(run: CaseRun, platform: str, expected, *, timed: bool = True) -> 
 
 
 def _measure(run: CaseRun, call: Callable, tables: np.ndarray, expected, timed: bool) -> dict[str, Any]:
-    prepared = [jnp.asarray(page_map[tables]) for page_map in run.maps]
+    prepared = jnp.asarray(run.maps[:, tables])
     scaled = (run.q * run.settings.head_dim**-0.5).astype(run.q.dtype)  # these kernels do not scale
-    error, correct = run.error_of(jax.jit(call)(scaled, run.stores[0], prepared[0]), expected)
+    error, correct = run.error_of(run.once(call, prepared, scaled), expected)
     found = {"us": None, "max_error": error if np.isfinite(error) else None, "correct": correct, "reason": None}
     return found | (as_us(run.time_calls(call, prepared)) if timed else {})
 

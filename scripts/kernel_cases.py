@@ -183,12 +183,15 @@ def parse_case(name: str) -> KernelCase:
         if found is None:
             continue
         numbers = [int(number) for number in found.groups()]
-        check(all(n > 0 for n in numbers[:-1]), f"case {name!r}: numbers must be >= 1")
+        zero_is_fine = kind == "prefill" and numbers[0] > 0
+        check(zero_is_fine or min(numbers) > 0, f"case {name!r}: numbers must be >= 1")
         words = [word for word in re.findall(r"[a-z]+", pattern.replace(r"\d", "")) if word != kind]
         words = ["depth" if kind == "tree" else "segments"] * (len(numbers) > len(words)) + words
-        case = KernelCase(name, kind, **make(*numbers), parameters=dict(zip(words, numbers, strict=True)))
-        check(case.tail_len >= 1, f"case {name!r}: a row's tail holds at least the token that is decoded")
-        return case
+        try:
+            sizes = make(*numbers)
+        except ValueError as error:
+            raise ValueError(f"case {name!r}: {error}") from None
+        return KernelCase(name, kind, **sizes, parameters=dict(zip(words, numbers, strict=True)))
     forms = ", ".join(form for form, _, _ in _FORMS.values())
     raise ValueError(f"case {name!r} is unknown, must be {STEP} or of a form {forms}")
 

@@ -120,44 +120,55 @@ class CaseRun:
             min_shared_tokens=min_shared_tokens,
         )
 
-    def time_calls(self, call, prepared: list[Any]) -> Timing:
+    def time_calls(self, call, prepared) -> Timing:
         """Times `o = call(q, store, prepared)`, o being the next call's q, in turn over all stores and variants.
 
         Args:
-          prepared: one pytree of arrays a variant.
+          prepared: a pytree of arrays [V, ...]; a call gets one variant's.
         """
-        stacked = jax.tree.map(lambda *each: jnp.stack(each), *prepared)
-        num_calls, num_variants = self.num_calls, len(prepared)
+        run = self.loop(call)
+        return time_passes(
+            lambda q: run(q, self.stores, prepared),
+            self.q,
+            self.num_calls,
+            repeats=self.settings.repeats,
+            min_s=self.settings.min_s,
+        )
+
+    def loop(self, call):
+        """A pass, jitted: (q, stores, prepared of all variants) -> q after `num_calls` calls."""
+        num_calls, num_variants = self.num_calls, len(self.maps)
+        call = jax.jit(call)  # traced and lowered once, not once a store
 
         @jax.jit
-        def run(q, stores, stacked):
+        def run(q, stores, prepared):
             def body(i, q):
-                step = jax.tree.map(lambda each: each[i % num_variants] if num_variants > 1 else each[0], stacked)
+                step = jax.tree.map(lambda each: each[i % num_variants] if num_variants > 1 else each[0], prepared)
                 for store in stores:
                     q = call(q, store, step)
                 return q
 
             return lax.fori_loop(0, num_calls // len(stores), body, q)
 
-        return time_passes(
-            lambda q: run(q, self.stores, stacked),
-            self.q,
-            num_calls,
-            repeats=self.settings.repeats,
-            min_s=self.settings.min_s,
-        )
+        return run
 
     def attend(self, plan: Plan, backend: str):
-        """Our kernel as a `call` of `time_calls`, and what it needs prepared for each variant."""
-        plans = [jax.tree.map(jnp.asarray, on_other_pages(plan, page_map)) for page_map in self.maps]
-        options: dict[str, Any] = {"backend": backend, "interpret": self.settings.interpret}
+        """Our kernel as a `call` of `time_calls`, and what is prepared for it, of all variants."""
         lengths, page_size = (self.tail_len, self.num_queries), self.settings.page_size
-        make = jax.jit(lambda plan: prepare(plan, *lengths, page_size, backend=backend))
+        on_device = jax.tree.map(jnp.asarray, plan)
+
+        def prepare_one(page_map):
+            return prepare(on_other_pages(on_device, page_map), *lengths, page_size, backend=backend)
 
         def call(q, store, prepared):
-            return paged_attention(q, store, plans[0], *lengths, prepared, **options)[0]
+            options: dict[str, Any] = {"backend": backend, "interpret": self.settings.interpret}
+            return paged_attention(q, store, on_device, *lengths, prepared, **options)[0]
 
-        return call, [make(each) for each in plans]
+        return call, jax.jit(lambda maps: lax.map(prepare_one, maps))(self.maps)
+
+    def once(self, call, prepared, q=None):
+        """The result on the first store and variant."""
+        return jax.jit(call)(self.q if q is None else q, self.stores[0], first_of(prepared))
 
     def reference(self) -> jax.Array:
         """The float32 result of the reference on the first store and variant: [R, T, H, D]."""
@@ -166,7 +177,7 @@ class CaseRun:
         store = self.stores[0]
         if store.format != HEAD_MAJOR:
             store = convert_pages(store, HEAD_MAJOR)
-        return jax.jit(call)(self.q.astype(jnp.float32), store, prepared[0])
+        return jax.jit(call)(self.q.astype(jnp.float32), store, first_of(prepared))
 
     def error_of(self, o, expected) -> tuple[float, bool]:
         """The largest difference, and whether it is within ERROR_BOUND; NaN is not."""
@@ -180,7 +191,7 @@ class CaseRun:
         for target_runs in self.settings.target_runs:
             plan = self.plan(target_runs, min_shared_tokens)
             call, prepared = self.attend(plan, self.settings.backend)
-            error, correct = self.error_of(jax.jit(call)(self.q, self.stores[0], prepared[0]), expected)
+            error, correct = self.error_of(self.once(call, prepared), expected)
             found = {
                 "us": None,
                 "max_error": error if np.isfinite(error) else None,
@@ -201,6 +212,11 @@ class CaseRun:
 
 def as_us(timing: Timing) -> dict[str, float]:
     return {"us": 1e6 * timing.median, "us_min": 1e6 * timing.least, "us_max": 1e6 * timing.most}
+
+
+def first_of(prepared):
+    """The first variant's."""
+    return jax.tree.map(lambda each: each[0], prepared)
 
 
 def random_pages(settings: Settings, num_pages: int, key) -> KVPages:
