@@ -11,8 +11,8 @@ run's state stays in registers until its last page and is written once, as a par
 Runs with one reader have few queries in decode: they get windows of 16 and a launch of their own, which adds its
 partials to those of the wide runs.
 
-A head_dim that is no power of two (80 is 64 + 16, 96 is 64 + 32) is cut into pieces that are: Triton knows no
-others, and padding to 128 would multiply zeros.
+A head_dim that is no power of two is cut into pieces that are, as Triton knows no others and padding to 128 would
+multiply zeros: 96 is 64 + 32, and 80 is 64 and the last 32, where queries are 0 in the 16 lanes that overlap.
 
 Quantised pages are converted to the queries' dtype as they are; their scales multiply the scores and the weights, one
 number a token, not one a lane.
@@ -34,11 +34,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from apr_kernels.kv_pages import KVPages
+from apr_kernels.paged_attention.gpu_merge import merge
 from apr_kernels.paged_attention.gpu_triton_windows import PAGE_FIELDS, WINDOW_FIELDS, Prepared, Windows, make_windows
 from apr_kernels.paged_attention.gpu_triton_windows import prepare as prepare
-from apr_kernels.paged_attention.merge import merge
 from apr_kernels.paged_attention.tuning import MATRIX_ROWS, TritonBlocks, triton_blocks
 
+NEVER = 2**30  # later than any query
 NOTHING_SEEN = -1e30  # the running maximum's start: finite, as -inf minus -inf is NaN
 MAX_PROGRAMS = 4096  # of a launch: enough to fill any chip several times, few enough that idle ones cost little
 
@@ -52,7 +53,15 @@ class _Partials(NamedTuple):
 
 
 def paged_attention(q, kv_pages: KVPages, prepared: Prepared, num_queries, *, interpret: bool = False):
-    """See `apr_kernels.paged_attention.api.paged_attention`."""
+    """See `apr_kernels.paged_attention.api.paged_attention`.
+
+    Raises:
+      ValueError: the pages of a layer are too many for Pallas' offsets.
+    """
+    if kv_pages.dtype.itemsize == 1 and 2**31 < kv_pages.k.size <= 2**32:
+        raise ValueError(
+            f"{kv_pages.k.size} bytes of keys in a layer: Pallas-Triton needs at most {2**31} or over {2**32}"
+        )
     num_rows, num_tokens, num_heads, head_dim = q.shape
     num_kv_heads = kv_pages.num_kv_heads
     group = num_heads // num_kv_heads
@@ -63,10 +72,12 @@ def paged_attention(q, kv_pages: KVPages, prepared: Prepared, num_queries, *, in
     partials = None
     for blocks, wide in _launches(q, kv_pages, prepared.any_shared.shape[0], queries):
         windows = make_windows(prepared, num_queries, num_tokens, group, blocks.queries, wide)
-        partials = _run_kernel(by_head, kv_pages, prepared, windows, partials, num_tokens, group, blocks, interpret)
+        name = "paged_attention" + {True: "_wide", False: "_narrow", None: ""}[wide]
+        options = {"blocks": blocks, "interpret": interpret, "name": name}
+        partials = _run_kernel(by_head, kv_pages, prepared, windows, partials, num_tokens, group, **options)
     assert partials is not None
     o, m, l = (part.reshape(num_kv_heads, num_partials, queries, *part.shape[2:]) for part in partials)
-    return merge(o, m, l, prepared.partials, num_queries, num_tokens, q.dtype)
+    return merge(o, m, l, prepared.partials, num_queries, num_tokens, q.dtype, interpret=interpret)
 
 
 def _launches(q, kv_pages: KVPages, num_shared: int, queries: int) -> list[tuple[TritonBlocks, bool | None]]:
@@ -85,7 +96,7 @@ def _compute_dtype(q, kv_pages: KVPages):
 
 def _run_kernel(
     q, kv_pages: KVPages, prepared: Prepared, windows: Windows, partials: _Partials | None, num_tokens: int, group: int,
-    blocks: TritonBlocks, interpret: bool,
+    *, blocks: TritonBlocks, interpret: bool, name: str,
 ) -> _Partials:  # fmt: skip
     """Adds to `partials`, in place, those of the windows' runs; None: to uninitialised memory."""
     num_units = windows.table.shape[0] * kv_pages.num_kv_heads
@@ -107,11 +118,11 @@ def _run_kernel(
     call = pl.pallas_call(
         body,
         grid=(num_programs,),
-        out_shape=_Partials(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)),
+        out_shape=[jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes],
         input_output_aliases={len(inputs) + i: i for i in range(len(earlier))},
         compiler_params=plgpu.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages),
         interpret=interpret,
-        name="paged_attention",
+        name=name,
     )
     return _Partials(*call(*inputs, *earlier))
 
@@ -138,59 +149,42 @@ def _kernel(windows_ref, count_ref, pages_ref, q_ref, k_ref, v_ref, *refs, num_p
 def _attend(head, window, pages_ref, q_ref, k_ref, v_ref, scales, partials, *, causal, group, blocks, dtype):
     """One unit: the window's queries of a head over all tokens of its run."""
     head_dim, page_size, num_pages = q_ref.shape[2], k_ref.shape[2], k_ref.shape[1]
-    pieces = _pieces(head_dim)
+    pieces, own = _pieces(head_dim)
     query = jnp.arange(blocks.queries)
     is_live = query < window["num_live"]
-
-    def load(ref, index, lanes, mask):
-        """Lanes of each row index: [n] of a head: [n, lanes]."""
-        shape = (mask.shape[0], lanes.shape[0])
-        index = [jnp.broadcast_to(each[:, None], shape) for each in index]
-        at = ref.at[head, *index, jnp.broadcast_to(lanes, shape)]
-        return plgpu.load(at, mask=jnp.broadcast_to(mask[:, None], shape), other=0).astype(dtype)
-
-    row = jnp.where(is_live, window["q_row"] + query, 0)
-    q = [load(q_ref, [row], lanes, is_live) for lanes in pieces]
+    q_row = window["q_row"] + jnp.minimum(query, window["num_live"] - 1)
+    q = [q_ref[head, *_spread([q_row], lanes)].astype(dtype) for lanes in pieces]
+    q = [jnp.where(is_own[None, :], a, jnp.zeros_like(a)) for a, is_own in zip(q, own)]
     query_token = (window["first_query"] + query) // group  # t, for a run with a tail: it has one reader
     to_log2 = head_dim**-0.5 * math.log2(math.e)
-    precision = lax.Precision.HIGHEST if dtype == jnp.float32 else lax.Precision.DEFAULT
-
-    def product(a, b, contract):
-        return lax.dot_general(
-            a, b, ((contract), ((), ())), precision=precision, preferred_element_type=jnp.float32
-        )
 
     def tile(i, state):
         m, l, *o = state
         token = i * blocks.tokens + jnp.arange(blocks.tokens)
         in_run = token < window["num_tokens"]
-        place = jnp.where(in_run, window["first_page"] + token // page_size, 0)
-        slot = token % page_size
+        # Tokens after the last repeat it: what is read is finite, so weights of 0 hide it, and no load needs a mask.
+        token = jnp.minimum(token, window["num_tokens"] - 1)
+        place, slot = window["first_page"] + token // page_size, token % page_size
         page, limit, grows = (pages_ref[place, jnp.full_like(place, at)] for at in range(len(PAGE_FIELDS)))
-        page = jnp.clip(page, 0, num_pages - 1)
+        index = [jnp.clip(page, 0, num_pages - 1), slot]
 
-        scores = sum(product(q_piece, load(k_ref, [page, slot], lanes, in_run), ((1,), (1,))) for q_piece, lanes in zip(q, pieces))
-        scores *= to_log2
+        k = [k_ref[head, *_spread(index, lanes)].astype(dtype) for lanes in pieces]
+        scores = sum(_product(a, b, ((1,), (1,))) for a, b in zip(q, k)) * to_log2
         if scales is not None:
-            scores *= plgpu.load(scales[0].at[head, page, slot], mask=in_run, other=0)[None, :]
-        if causal:  # the first query that sees the token
-            since = jnp.where(grows > 0, slot - limit + 1, blocks.tokens * 2**20)
-            since = jnp.where(slot < limit, 0, since)
-            visible = query_token[:, None] >= jnp.where(in_run, since, blocks.tokens * 2**20)[None, :]
-        else:
-            visible = (in_run & (slot < limit))[None, :]
-        scores = jnp.where(visible, scores, -jnp.inf)
+            scores *= scales[0][head, *index][None, :]
+        since = jnp.where(slot < limit, 0, jnp.where(grows > 0, slot - limit + 1, NEVER) if causal else NEVER)
+        since = jnp.where(in_run, since, NEVER)[None, :]  # the first query that sees the token
+        scores = jnp.where(query_token[:, None] >= since if causal else since == 0, scores, -jnp.inf)
+
         new_m = jnp.maximum(m, scores.max(axis=1))
         shrink = jnp.exp2(m - new_m)
         weights = jnp.exp2(scores - new_m[:, None])
         l = l * shrink + weights.sum(axis=1)
         if scales is not None:
-            weights *= plgpu.load(scales[1].at[head, page, slot], mask=in_run, other=0)[None, :]
+            weights *= scales[1][head, *index][None, :]
         weights = weights.astype(dtype)
-        o = [
-            piece * shrink[:, None] + product(weights, load(v_ref, [page, slot], lanes, in_run), ((1,), (0,)))
-            for piece, lanes in zip(o, pieces)
-        ]
+        v = [v_ref[head, *_spread(index, lanes)].astype(dtype) for lanes in pieces]
+        o = [a * shrink[:, None] + _product(weights, b, ((1,), (0,))) for a, b in zip(o, v)]
         return (new_m, l, *o)
 
     num_tiles = (jnp.maximum(window["num_tokens"], 0) + blocks.tokens - 1) // blocks.tokens
@@ -200,16 +194,33 @@ def _attend(head, window, pages_ref, q_ref, k_ref, v_ref, scales, partials, *, c
     out_row = window["out_row"] + query
     plgpu.store(partials.m.at[head, out_row], m * math.log(2), mask=is_live)
     plgpu.store(partials.l.at[head, out_row], l, mask=is_live)
-    for piece, lanes in zip(o, pieces):
-        index = [jnp.broadcast_to(each, piece.shape) for each in (out_row[:, None], lanes)]
-        plgpu.store(partials.o.at[head, *index], piece, mask=jnp.broadcast_to(is_live[:, None], piece.shape))
+    for piece, lanes, is_own in zip(o, pieces, own):
+        at = partials.o.at[head, *_spread([out_row], lanes)]
+        plgpu.store(at, piece, mask=is_live[:, None] & is_own[None, :])
 
 
-def _pieces(head_dim: int) -> list[jax.Array]:
-    """The lanes of a head in ranges whose lengths are powers of two, largest first."""
-    pieces, start = [], 0
-    for bit in reversed(range(head_dim.bit_length())):
-        if head_dim >> bit & 1:
-            pieces.append(start + jnp.arange(1 << bit))
-            start += 1 << bit
-    return pieces
+def _spread(index, lanes):
+    """Indices of lanes of each of n rows: index: a list of i32[n]."""
+    shape = (index[0].shape[0], lanes.shape[0])
+    return [*(jnp.broadcast_to(each[:, None], shape) for each in index), jnp.broadcast_to(lanes[None, :], shape)]
+
+
+def _product(a, b, contract):
+    """In float32, on operands as they are: float32 ones are not rounded to TF32."""
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
+    return lax.dot_general(a, b, (contract, ((), ())), precision=precision, preferred_element_type=jnp.float32)
+
+
+def _pieces(head_dim: int) -> tuple[list[jax.Array], list[jax.Array]]:
+    """Lanes of a head in ranges whose lengths are powers of two, and which of each are in no earlier range.
+
+    No range is shorter than 32 lanes, which four warps can share: the last one reaches back where it has to.
+    """
+    pieces, own, start = [], [], 0
+    while start < head_dim:
+        size = max(1 << ((head_dim - start).bit_length() - 1), min(32, head_dim))
+        lanes = min(start, head_dim - size) + jnp.arange(size)
+        pieces.append(lanes)
+        own.append(lanes >= start)
+        start += size
+    return pieces, own

@@ -93,7 +93,7 @@ def triton_blocks(num_queries: int, head_dim: int, dtype) -> TritonBlocks:
     if num_queries <= MATRIX_ROWS:
         return TritonBlocks(queries=16, tokens=32 if large else 64, warps=4, stages=3)
     if num_queries <= 64 or large:
-        return TritonBlocks(queries=64, tokens=32 if large else 64, warps=4, stages=2)
+        return TritonBlocks(queries=64, tokens=32 if large else 64, warps=8 if large else 4, stages=2)
     return TritonBlocks(queries=128, tokens=64, warps=8, stages=2)
 
 
