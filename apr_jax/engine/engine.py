@@ -54,6 +54,7 @@ class EngineCore(StoppedThreads):
         *,
         sampling: SamplingParams | Sequence[SamplingParams],
         drop: int = 0,
+        carry: bool = False,
     ) -> list[Thread]:
         """The thread is suspended and children continue its context, each starting with its own forced tokens.
 
@@ -64,6 +65,8 @@ class EngineCore(StoppedThreads):
           sampling: one for all children or one each.
           drop: how many of the thread's last tokens are taken back first, so that neither it nor its children hold
             them: all of them behind its last join. Every child then needs forced tokens.
+          carry: every child computes the thread's last token even if all have forced tokens, so that the thread
+            keeps it for a join that selects none of them.
 
         Returns:
           The children, in order; those that find no room wait for their turn.
@@ -82,9 +85,9 @@ class EngineCore(StoppedThreads):
             raise OutOfPages(needed, bound, "the family's bound")
         own = len(thread.token_ids) - (thread.joins[-1].at if thread.joins else 0)
         check(0 <= drop <= own, f"{drop} tokens to drop, the thread has {own} behind its last join")
-        check(not drop or all(lists), "children of a fork that drops tokens need forced ones")
+        check(not drop or (all(lists) and not carry), "children of a fork that drops tokens need forced ones")
         carried: list[int] = []
-        if all(lists):
+        if all(lists) and not carry:
             dropped = self._take_back(thread, drop)
             try:
                 self._flush([thread])
@@ -172,15 +175,16 @@ class EngineCore(StoppedThreads):
 
         Args:
           thread: one that has forked.
-          children: the stopped children to join, in order.
+          children: the stopped children to join, in order. `select` of none takes the fork back: the thread goes on
+            from where it was.
           mode: what the thread's context becomes (`stitch`, `conclusion`, `select`, `prefill`, `splice`). With
             `splice`, `tokens` is the text that the children return.
           tokens: forced tokens that the thread goes on with; may be empty for `select` only.
           sampling: as in `append`.
 
         Raises:
-          ValueError: unknown mode, a child that has not stopped or is not the thread's, no child or several for
-            `select`, no tokens where they are needed.
+          ValueError: unknown mode, a child that has not stopped or is not the thread's, several for `select`, no
+            tokens where they are needed.
           OutOfPages: a child's last token needs a page that cannot be had, or the thread would read more pages
             than the pool has (children that said the same share pages, but they are read for each of them).
         """
@@ -189,7 +193,7 @@ class EngineCore(StoppedThreads):
         for child in children:
             check(child.parent is thread, f"thread {child.id} is no child of thread {thread.id}")
             self._check_status(child, Status.STOPPED)
-        check(mode != "select" or len(children) == 1, f"select joins 1 child, not {len(children)}")
+        check(mode != "select" or len(children) <= 1, f"select joins 1 child, not {len(children)}")
         ids = self._checked_ids(tokens)
         check(bool(ids) or mode == "select", f"a join by {mode} needs tokens to go on with")
         if sampling is not None:
@@ -201,7 +205,7 @@ class EngineCore(StoppedThreads):
             if needed > total:
                 raise OutOfPages(needed, total, "one thread's context")
         handed: list[int] = []
-        if mode == "select" and not ids:
+        if mode == "select" and not ids and children:
             if not children[0].pending:
                 self._unfeed_last(children[0])
             handed, children[0].pending = children[0].pending, []
@@ -219,7 +223,8 @@ class EngineCore(StoppedThreads):
         # Behind a spawn, the thread's own last token may still be pending.
         thread.pending += (handed if handed or any(parts) else thread.carried) + again
         thread.carried = []
-        record = JoinRecord(len(thread.token_ids), tuple(children), mode)
+        dropped = tuple(child for child in thread.children if child not in children)
+        record = JoinRecord(len(thread.token_ids), tuple(children), mode, dropped)
         thread.joins.append(record)
         for child in thread.children:
             if not child.is_done:

@@ -46,11 +46,16 @@ class Stop:
 
 @dataclasses.dataclass(frozen=True)
 class JoinRecord:
-    """One join of a thread: its children's text belongs between its own tokens [.., at) and [at, ..)."""
+    """One join of a thread: its children's text belongs between its own tokens [.., at) and [at, ..).
+
+    Attributes:
+      dropped: the fork's other children.
+    """
 
     at: int
     children: tuple["Thread", ...]
     mode: JoinMode
+    dropped: tuple["Thread", ...] = ()
 
 
 @dataclasses.dataclass

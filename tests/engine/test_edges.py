@@ -20,6 +20,24 @@ def test_select_hands_on_what_a_child_never_fed():
     assert_clean(engine)
 
 
+@pytest.mark.parametrize("said_more", [False, True])
+def test_a_fork_taken_back_leaves_the_thread_where_it_was(said_more):
+    engine = make_engine()
+    root = stopped_root(engine)
+    said = held(root)
+    children = engine.fork(root, [[5, 6], [7]], sampling=up_to(3), carry=True)
+    if said_more:
+        engine.run()
+    engine.join(root, [], mode="select", sampling=up_to(0))
+    engine.run()
+    assert root.stop.reason == "prefilled" and held(root) == said
+    assert root.joins[-1].children == () and root.joins[-1].dropped == tuple(children)
+    (child,) = engine.fork(root, [[]], sampling=up_to(2))
+    engine.run()
+    assert held(child)[: len(said)] == said and len(held(child)) == len(said) + 2
+    assert_clean(engine)
+
+
 def test_children_stopped_by_the_window_before_they_ran_are_joined():
     engine = make_engine(max_position=16)
     root = stopped_root(engine, [1] * 10, 40)
