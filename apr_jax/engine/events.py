@@ -30,7 +30,7 @@ class TokenEvent(Event):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RewindEvent(Event):
-    """A thread lost its last tokens again: its fork took them back."""
+    """A thread lost its last tokens again: its fork took them back, or it was cancelled by a decision before them."""
 
     num_tokens: int
 

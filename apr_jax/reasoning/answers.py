@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from apr_jax.engine import events
 from apr_jax.engine.engine import EngineCore
 from apr_jax.engine.thread import WANTS_TO_RUN, Status, Thread
+from apr_jax.reasoning.deciding import cut_record
 from apr_jax.reasoning.program import (
     Action,
     Append,
@@ -40,11 +41,9 @@ class Answers:
             action = run.program.on_child(parent, ended, running)
             if not isinstance(action, Keep | Cancel):
                 break
-            self._note(run, parent, action)
-            keep = isinstance(action, Keep)
-            for child in alive:
-                if (child in action.children) is not keep:
-                    self.core.cancel(child)
+            self._apply(run, parent, action)
+        else:
+            action = Wait()
         self._apply(run, parent, action)
 
     def _apply(self, run: Run, thread: Thread, action: Action) -> None:
@@ -58,6 +57,11 @@ class Answers:
                 self._fork(run, thread, action)
             case Join():
                 self._join(run, thread, action)
+            case Keep():
+                self._cancel([child for child in thread.children if child not in action.children])
+                self._cut(thread, action.children, action.cut)
+            case Cancel():
+                self._cancel(action.children)
             case Finish():
                 self._finish(run, thread, action.reason)
             case Wait():
@@ -128,7 +132,9 @@ class Answers:
             if isinstance(action, Spawn):
                 children = self.core.spawn(thread, action.token_lists, sampling=params)
             else:
-                children = self.core.fork(thread, action.token_lists, sampling=params, drop=action.drop)
+                children = self.core.fork(
+                    thread, action.token_lists, sampling=params, drop=action.drop, carry=action.carry
+                )
         except OutOfPages as error:
             return str(error)
         run.budget.give(children, limit)
@@ -145,6 +151,9 @@ class Answers:
 
     def _join(self, run: Run, thread: Thread, action: Join) -> None:
         children, tokens = list(action.children), action.tokens
+        if action.cut is not None:
+            self._cancel([child for child in thread.children if child not in children])
+            self._cut(thread, children, action.cut)
         room = max(1, run.budget.room(thread))
         if action.mode == "splice" and len(tokens) > room:  # how much children return is not known at the fork
             self._degrade(run, thread, f"{len(tokens)} tokens to splice cut to the {room} that are left")
@@ -164,6 +173,21 @@ class Answers:
         if not isinstance(answer, Wait):
             assert isinstance(answer, Finish) and thread is run.root, f"on_joined answered {answer!r}"
             self._finish(run, thread, answer.reason)
+
+    def _cancel(self, threads: Sequence[Thread]) -> None:
+        for thread in threads:
+            if not thread.is_done:
+                self.core.cancel(thread)
+
+    def _cut(self, parent: Thread, kept: Sequence[Thread], limit: int | None) -> None:
+        """Takes from the record of the parent's other children what lies beyond a decision."""
+        if limit is None:
+            return
+        for child in parent.children:
+            if child not in kept:
+                for thread, count in cut_record(child, limit):
+                    thread.family.counters.overshoot_tokens += count
+                    self.core.emit(events.RewindEvent, thread, num_tokens=count)
 
     def _finish(self, run: Run, thread: Thread, reason: str) -> None:
         if thread is run.root:

@@ -30,6 +30,7 @@ class Budget:
         self._guards = guards
         self._limits: dict[int, Limit] = {}
         self._first = Limit(path=max_path, total=guards.max_family_tokens, own=guards.max_thread_tokens)
+        self._to_deal = guards.max_family_tokens
 
     @property
     def initial(self) -> int:
@@ -42,21 +43,30 @@ class Budget:
 
     def room(self, thread: Thread) -> int:
         """Tokens that the thread may still add; below zero where forced tokens went beyond."""
-        limit = self._limits[thread.id]
+        return self._room(thread, self._limits[thread.id])
+
+    def _room(self, thread: Thread, limit: Limit) -> int:
         room = min(limit.path - critical_path(thread), limit.total - total_tokens(thread))
         return room if limit.own is None else min(room, limit.own - len(thread.token_ids))
 
+    def settle(self, root: Thread) -> None:
+        """Nothing of the request runs: what it may still add can be dealt to many forks, whichever comes first."""
+        self._to_deal = self._first.total - total_tokens(root)
+
     def share(self, thread: Thread, fork: Fork) -> Limit | None:
-        """The limit of each child, or None if some child could not sample even one token."""
+        """The limit of each child, or None if some child could not add its forced tokens and one more."""
         limit, kept, closing = self._limits[thread.id], fork.joining_len, fork.closing_len
+        if fork.num_dealt:
+            limit = dataclasses.replace(limit, total=total_tokens(thread) + self._to_deal)
+        left = limit.total - total_tokens(thread) - kept
         share = Limit(
             path=limit.path - critical_path(thread) - kept - closing,
-            total=(limit.total - total_tokens(thread) - kept) // len(fork.token_lists) - closing,
+            total=left // (fork.num_dealt or len(fork.token_lists)) - closing,
             own=None if self._guards.max_thread_tokens is None else self._guards.max_thread_tokens - closing,
         )
         needed = 1 + max(map(len, fork.token_lists))
         smallest = min(share.path, share.total, needed if share.own is None else share.own)
-        return share if self.room(thread) >= kept and smallest >= needed else None
+        return share if self._room(thread, limit) >= kept and smallest >= needed else None
 
     def give(self, children: list[Thread], limit: Limit) -> None:
         for child in children:

@@ -10,6 +10,7 @@ import time
 from apr_jax.engine.thread import WANTS_TO_RUN, Status, Stop, Thread
 from apr_jax.reasoning.answers import Answers, each_sampling
 from apr_jax.reasoning.budget import Budget
+from apr_jax.reasoning.metrics import total_tokens
 from apr_jax.reasoning.program import Action, Append, Fork, Program, Request
 from apr_jax.reasoning.run import Run as Run
 
@@ -38,6 +39,7 @@ class Driver(Answers):
           ValueError: the prompt is empty, longer than the context window, or can never fit the cache; or there are
             more stop ids, the program's included, than the engine takes.
         """
+        request = dataclasses.replace(request, guards=program.widened(request.guards))
         action = program.start(request)
         if isinstance(action, Fork):
             for params in each_sampling(action):
@@ -112,9 +114,29 @@ class Driver(Answers):
             return
         threads = run.root.family.threads
         for parent in [t for t in threads if t.status is Status.FORKED]:
-            still_forked = parent.status is Status.FORKED  # asking one parent may end another
-            if still_forked and all(c.is_done or c.id in run.ended for c in parent.children):
+            if parent.status is not Status.FORKED:
+                continue  # asking one parent may end another
+            alive = [child for child in parent.children if not child.is_done]
+            if not alive or any(child.id in run.ended for child in alive):
                 self._ask_parent(run, parent)
         if run.finish_reason is None and not any(t.status in WANTS_TO_RUN for t in threads):
+            self._idle(run)
+
+    def _idle(self, run: Run) -> None:
+        """Asks the program what comes next where no thread of the request wants to run."""
+        threads = run.root.family.threads
+        run.budget.settle(run.root)
+        run.num_idle = run.num_idle + 1 if run.num_tokens == (total := total_tokens(run.root)) else 0
+        run.num_tokens = total
+        acted = False
+        waiting = [t for t in threads if t.status is Status.STOPPED and t.id not in run.ended]
+        if run.num_idle <= 8 + len(threads):  # a program that goes round in circles
+            for thread, action in run.program.on_idle(waiting):
+                acted = True
+                if not thread.is_done:
+                    self._apply(run, thread, action)
+                if run.finish_reason is not None:
+                    return
+        if not acted:
             self._degrade(run, run.root, "the program waits for nothing")
             self._end(run, "stalled")

@@ -4,11 +4,13 @@ A thread's tokens count, forced or sampled: headers, closers and what follows a 
 Prompts do not, neither a spawned child's. With T all tokens of all threads, cancelled ones too, and L the
 critical path:
 
-    L(thread) = its own tokens + for each fork: the largest L of the children joined
+    L(thread) = its own tokens + for each fork: the largest L of its children
     acceleration ratio = 1 - L / T
     parallel ratio = (tokens of all children + the root's tokens inside blocks, tags included) / T
 
-Children that were forked and not joined yet count as if they were joined now.
+Children that were not joined count in L as well: the decision for their siblings waited for them. Those that it did
+not wait for lose the tokens beyond it before. Children that were forked and not joined yet count as if they were
+joined now.
 
 Source: the definitions of ThreadWeaver (Lian et al. 2025, arXiv 2512.07843).
 """
@@ -49,7 +51,7 @@ class Metrics:
 
 def critical_path(thread: Thread) -> int:
     """L: tokens on the longest chain through the thread and its children."""
-    groups = [record.children for record in thread.joins] + [thread.children]
+    groups = [(*record.children, *record.dropped) for record in thread.joins] + [thread.children]
     return len(thread.token_ids) + sum(max(map(critical_path, group), default=0) for group in groups)
 
 

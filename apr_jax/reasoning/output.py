@@ -37,7 +37,7 @@ class Output:
     Attributes:
       text: the whole answer in the program's published format, joined threads in their places; an
         end-of-sequence token at the end is left out.
-      answer: what the extractor finds in the text; without one, what follows the last parallel block.
+      answer: what the extractor finds in the text; without one, what the program reads from it.
       token_ids: what the root generated, forced tokens included, without the prompt and its children's
         tokens.
       text_ids: the token ids of the text, those of joined children included.
@@ -82,15 +82,12 @@ def collect(
 ) -> Output:
     """The output of a request that has ended."""
     assert run.finish_reason is not None, "the request still runs"
-    root, block = run.root, run.program.block
+    root, program, block = run.root, run.program, run.program.block
     numbers = {thread.id: number for number, thread in enumerate(root.family.threads)}
     text_ids = flatten(root)
     shown = text_ids[:-1] if text_ids and text_ids[-1] in eos_ids else text_ids
     text = tokenizer.decode(shown)
-    if extract_answer is None:
-        answer = (text.rpartition(block[1])[2] if block else text).strip()
-    else:
-        answer = extract_answer(text)
+    answer = (extract_answer or program.read_answer)(text)
     spans = find_blocks(root, tokenizer, block) if block else []
     return Output(
         text=text,
@@ -99,7 +96,7 @@ def collect(
         text_ids=text_ids,
         threads=[_thread_output(thread, numbers, tokenizer) for thread in root.family.threads],
         metrics=measure(root, wall_s=run.wall_s, block_spans=spans),
-        program=run.program.name,
+        program=program.name,
         degraded=[f"thread {numbers[thread.id]}: {reason}" for thread, reason in run.degraded],
         finish_reason=run.finish_reason,
     )

@@ -6,7 +6,7 @@ ended, and carries out the answer. Actions are plain values; each may say what d
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from apr_jax.config import check
@@ -95,6 +95,10 @@ class Fork(Action):
       joining_len: forced tokens that the thread goes on with after the join. Both are kept back from the
         budget.
       drop: tokens at the thread's end that are taken back first: they belong to no thread any more.
+      carry: as the engine's `fork` has it: the thread can take the fork back.
+      num_dealt: 0 shares what the thread may still add among the fork's children. A program that forks several
+        threads at once while nothing else of the request runs (`on_idle`) says here how many children they get in
+        all, and what the family may still add is dealt to these.
     """
 
     token_lists: Sequence[Sequence[int]]
@@ -102,6 +106,8 @@ class Fork(Action):
     closing_len: int = 0
     joining_len: int = 0
     drop: int = 0
+    carry: bool = False
+    num_dealt: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,19 +129,26 @@ class Finish(Action):
 
 @dataclasses.dataclass(frozen=True)
 class Join(Action):
-    """The children's parent goes on; children that are not joined are cancelled."""
+    """The children's parent goes on; children that are not joined are cancelled.
+
+    Attributes:
+      cut: tokens since the fork, along the critical path, that children which are not joined keep: what a dispatch
+        ran beyond the decision is overshoot. None keeps all.
+    """
 
     children: Sequence[Thread]
     mode: JoinMode
     tokens: Sequence[int] = ()
     sampling: SamplingParams | None = None
+    cut: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Keep(Action):
-    """All other children of the same parent are cancelled; the program is asked again."""
+    """All other children of the same parent are cancelled, and cut as `Join` does; the program is asked again."""
 
     children: Sequence[Thread]
+    cut: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,7 +181,9 @@ class Program(Protocol):
     def on_child(
         self, parent: Thread, ended: Sequence[Thread], running: Sequence[Thread]
     ) -> Join | Keep | Cancel | Wait | Finish:
-        """A child has ended. `ended` and `running` are the parent's children, in the order of the fork."""
+        """A child has ended, or a step has passed since one did. `ended` and `running` are the parent's children, in
+        the order of the fork; a running one has tokens that may settle what is joined.
+        """
         ...
 
     def on_joined(self, thread: Thread) -> Wait | Finish:
@@ -178,3 +193,18 @@ class Program(Protocol):
     def on_refused(self, thread: Thread, reason: str) -> Append | Finish:
         """A fork was refused, by a guard or for want of pages; the reason is recorded already."""
         return Append()
+
+    def on_idle(self, threads: Sequence[Thread]) -> Iterable[tuple[Thread, Action]]:
+        """No thread of the request wants to run. What the stopped ones that wait (`threads`), or forked ones, do next.
+
+        Actions are carried out one by one as they are drawn. None of them: the request has stalled.
+        """
+        return ()
+
+    def widened(self, guards: Guards) -> Guards:
+        """The guards of a request under this program, made wide enough for what the client asked of it."""
+        return guards
+
+    def read_answer(self, text: str) -> str | None:
+        """The answer in the whole text: what follows the last parallel block."""
+        return (text.rpartition(self.block[1])[2] if self.block else text).strip()

@@ -29,6 +29,8 @@ class Run:
     starved: set[int] = dataclasses.field(default_factory=set)  # ids of threads with nothing left to sample
     degraded: list[tuple[Thread, str]] = dataclasses.field(default_factory=list)
     finish_reason: str | None = None
+    num_idle: int = 0  # times in a row that no thread wanted to run and none had gained a token
+    num_tokens: int = -1  # of all threads when none wanted to run
     error: Exception | None = None
 
     @property
