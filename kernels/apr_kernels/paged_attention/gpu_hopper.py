@@ -11,16 +11,22 @@ window and a KV head. One CTA a multiprocessor stays resident and works through 
   shared memory once for 128 queries (64 would need more than the L2 cache delivers): scores and weighted values by
   wgmma, the online softmax in float32 registers. With 64 queries or fewer the second one only hands tiles back.
 
-A run's softmax state is kept in registers until its last page and written once, as a partial a query:
-`merge.merge` combines them.
+The two limits this is built for: many readers of one prefix are bound by the tensor cores (256 queries of a KV head make
+256 flop a byte), hence full 64-row wgmmas, 128 queries a tile from the L2 cache, and two consumers that take turns, one
+in its softmax while the other multiplies; unrelated sequences are bound by memory, and pad 4 queries to 64 rows, which
+takes one consumer about 70% of the time in which a tile arrives. One launch serves both kinds of items.
 
-What tokens a query sees is one number a token, prepared once a step for all layers: 0 (all queries), -t (queries
-from t on) or HIDDEN. Added to the scaled scores it masks at no cost (it takes the place of a multiplication's
-unused addend); only tiles with a token that some queries may not see yet need a comparison.
+A run's softmax state is kept in registers until its last page and written once, as a partial a query; a second kernel
+merges them (`gpu_hopper_merge`; in XLA for head dims that do not fill a warpgroup).
 
-Letters: W items, C pages an item, R rows, T queries a row, H heads, K KV heads, G = H / K, D head dim, N pages of
-the store, P positions a page, X partials in all, M queries a window, B windows at most, L pages of all runs
-together, each run's rounded up to whole tiles.
+What tokens a query sees is one number a token, prepared once a step for all layers: 0 (all queries), -t (queries from t
+on) or HIDDEN. Added to the scaled scores it masks at no cost, as the addend of a fused multiply-add; only tiles with a
+token that some queries may not see yet need a comparison.
+
+Files: `gpu_hopper_windows` (what is prepared), `gpu_hopper_memory` (what warpgroups share), `gpu_hopper_kernel` (a CTA,
+and its producer), `gpu_hopper_consumer`, `gpu_hopper_merge`. Block sizes are in `tuning`.
+
+Letters: R rows, T queries a row, H heads, K KV heads, G = H / K, D head dim.
 
 Source: the warp specialisation follows FlashAttention-3 (arXiv 2407.08608).
 """

@@ -4,8 +4,9 @@ Letters: W items, C pages an item, P positions a page, R rows, T queries a row, 
 in all, M queries a window, B windows at most, L pages of all runs together, each run's rounded up to whole tiles.
 """
 
+import dataclasses
+import functools
 import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,8 +32,15 @@ WINDOW_FIELDS = (
     "first_query",  # the window's first query, of the run's
 )
 
+DATA_FIELDS = (
+    "page_ids", "visible", "first_page", "num_pages", "first_row", "num_readers", "partial_start", "last_token",
+    "ends_in_tail", "partials",
+)  # fmt: skip
 
-class Prepared(NamedTuple):
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=DATA_FIELDS, meta_fields=("several_readers",))
+@dataclasses.dataclass(frozen=True)
+class Prepared:
     """What all layers of a step have in common.
 
     Attributes:
@@ -45,7 +53,7 @@ class Prepared(NamedTuple):
         see all.
       ends_in_tail: bool[W] whether nothing but the tail comes after that token.
       partials: i32[R, P'] of the plan.
-      any_shared: i32[0 or 1] static by its shape: whether a run can have several readers.
+      several_readers: whether a run can have more than one.
     """
 
     page_ids: jax.Array
@@ -58,7 +66,7 @@ class Prepared(NamedTuple):
     last_token: jax.Array
     ends_in_tail: jax.Array
     partials: jax.Array
-    any_shared: jax.Array
+    several_readers: bool
 
 
 def prepare(plan: Plan, tail_len, num_queries, page_size: int) -> Prepared:
@@ -82,11 +90,10 @@ def prepare(plan: Plan, tail_len, num_queries, page_size: int) -> Prepared:
 
     size = num_items * (item_pages + align - 1)
     size += -size % align
-    place = jnp.where(has_tokens, first[:, None] + jnp.arange(item_pages), size).reshape(-1)
-    options = {"mode": "drop", "unique_indices": False}
-    page_ids = jnp.full(size, NULL_PAGE, jnp.int32).at[place].set(plan.pages.reshape(-1), **options)
+    place = jnp.where(has_tokens, first[:, None] + jnp.cumsum(has_tokens, axis=1) - 1, size).reshape(-1)
+    page_ids = jnp.full(size, NULL_PAGE, jnp.int32).at[place].set(plan.pages.reshape(-1), mode="drop")
     tokens = jnp.full((size, page_size), HIDDEN, jnp.float32)
-    tokens = tokens.at[place].set(visible.reshape(-1, page_size), **options)
+    tokens = tokens.at[place].set(visible.reshape(-1, page_size), mode="drop")
 
     is_tail = plan.tail_slot >= 0
     tail_base = (first - first[start]) * page_size - plan.tail_offset  # where, in the run, the tail's token 0 is
@@ -108,7 +115,7 @@ def prepare(plan: Plan, tail_len, num_queries, page_size: int) -> Prepared:
         last_token=run_last,
         ends_in_tail=by_run(is_tail),
         partials=plan.partials,
-        any_shared=jnp.zeros(min(plan.num_shared, 1), jnp.int32),
+        several_readers=plan.num_shared > 0,
     )
 
 
@@ -139,7 +146,7 @@ def make_windows(prepared: Prepared, queries: int, group: int, rows: int, tile: 
     """
     num_runs = prepared.first_page.shape[0]
     num_queries = prepared.num_readers * queries  # of each run
-    several = prepared.any_shared.shape[0] > 0 or queries > rows
+    several = prepared.several_readers or queries > rows
     count = -(-num_queries // rows)
     size = num_runs
     run, nth = jnp.arange(num_runs), jnp.zeros(num_runs, jnp.int32)
