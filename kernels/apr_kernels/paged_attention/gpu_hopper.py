@@ -11,10 +11,10 @@ window and a KV head. One CTA a multiprocessor stays resident and works through 
   shared memory once for 128 queries (64 would need more than the L2 cache delivers): scores and weighted values by
   wgmma, the online softmax in float32 registers. With 64 queries or fewer the second one only hands tiles back.
 
-The two limits this is built for: many readers of one prefix are bound by the tensor cores (256 queries of a KV head make
-256 flop a byte), hence full 64-row wgmmas, 128 queries a tile from the L2 cache, and two consumers that take turns, one
-in its softmax while the other multiplies; unrelated sequences are bound by memory, and pad 4 queries to 64 rows, which
-takes one consumer about 70% of the time in which a tile arrives. One launch serves both kinds of items.
+It is built for two limits. Many readers of one prefix are bound by the tensor cores (256 queries of a KV head make 256
+flop a byte): hence wgmmas of 64 full rows, 128 queries a tile from the L2 cache, and two consumers that take turns, one
+in its softmax while the other multiplies. Unrelated sequences are bound by memory and pad their few queries to 64 rows:
+by instruction counts that takes one consumer some 70% of the time in which a tile arrives. One launch serves both.
 
 A run's softmax state is kept in registers until its last page and written once, as a partial a query; a second kernel
 merges them (`gpu_hopper_merge`; in XLA for head dims that do not fill a warpgroup).
