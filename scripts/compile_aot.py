@@ -25,7 +25,7 @@ from apr_jax.aot.compile import compile_step
 from apr_jax.aot.compiler import devices_of, set_up
 from apr_jax.aot.report import StepReport, summary
 from apr_jax.aot.target import TARGET_NAMES, find_target
-from apr_jax.aot.workload import Contexts, make_workload
+from apr_jax.aot.workload import Contexts, make_workload, pool_pages
 from apr_jax.config import EngineConfig, check
 from apr_jax.models.presets import PRESETS
 
@@ -44,7 +44,10 @@ _OWN = flags.DEFINE_integer(
 _DTYPE = flags.DEFINE_enum("dtype", "bfloat16", _DTYPES, "Of weights and activations.")
 _KV_DTYPE = flags.DEFINE_enum("kv_dtype", None, _KV_DTYPES, "Of pages; by default --dtype.")
 _PAGE_SIZE = flags.DEFINE_integer("page_size", 16, "Tokens a page.")
-_NUM_PAGES = flags.DEFINE_integer("num_pages", None, "Of the pool; by default what the contexts can grow to.")
+_NUM_PAGES = flags.DEFINE_integer(
+    "num_pages", None, "Of the pool; by default what fills 80% of the memory together with the whole model's weights, "
+    "or what the contexts can grow to, if that is more.",
+)  # fmt: skip
 _PREFILL_CHUNK = flags.DEFINE_integer("prefill_chunk", 256, "Tokens a row of a prefill step.")
 _ATTENTION = flags.DEFINE_enum(
     "attention", "auto", ("auto", "reference", "pallas"), "auto: Pallas where it runs; pallas: an error where not."
@@ -70,12 +73,16 @@ def main() -> None:
         tensor=_TENSOR.value,
         **chosen,
     )
+    num_pages = _NUM_PAGES.value
+    if num_pages is None:
+        fits = pool_pages(target, PRESETS[_MODEL.value], engine, _PAGE_SIZE.value)
+        num_pages = max(fits, contexts.pages(_PAGE_SIZE.value, engine.max_tail_pages))
     with tempfile.TemporaryDirectory(prefix="compile_aot_") as temporary:
         dump_dir = Path(_DUMP_DIR.value or temporary).absolute()
         dump_dir.mkdir(parents=True, exist_ok=True)
         set_up(target, dump_dir)
         devices = devices_of(target, engine.tensor)
-        workload = make_workload(target, devices, model, engine, contexts, _PAGE_SIZE.value, _NUM_PAGES.value)
+        workload = make_workload(target, devices, model, engine, contexts, _PAGE_SIZE.value, num_pages)
         steps = [compile_step(target, workload, step, dump_dir) for step in workload.steps]
     result = summary(steps) | {
         "target": target.name,

@@ -61,6 +61,10 @@ class Contexts:
         """Tokens whose keys a decode step must read once."""
         return self.shared + self.threads * self.own
 
+    def pages(self, page_size: int, max_tail_pages: int) -> int:
+        """Pages of a pool that holds them with every tail at its largest, the null page among them."""
+        return 1 + -(-self.shared // page_size) + self.threads * max_tail_pages
+
 
 @dataclasses.dataclass(frozen=True)
 class Step:
@@ -112,6 +116,24 @@ class Workload:
         return weights + round(step.read_tokens * self.token_bytes)
 
 
+POOL_SHARE = 0.8  # of a device's memory for weights and pages together; the rest is for temporaries
+
+
+def pool_pages(target: AotTarget, model: ModelConfig, engine: EngineConfig, page_size: int) -> int:
+    """Pages that a pool has room for beside the weights, in POOL_SHARE of the memory; 0 where there is none.
+
+    As if everything were split evenly over `engine.tensor` devices.
+    """
+    weights = sum(x.size * x.dtype.itemsize for x in param_shapes(model, jnp.dtype(engine.dtype)).values())
+    kv_dtype = jnp.dtype(engine.kv_dtype or engine.dtype)
+    format = format_for(_backend(target, engine.attention, kv_dtype, page_size, model.head_dim), model.head_dim)
+    two = jax.eval_shape(
+        functools.partial(make_kv_pages, 2, page_size, model.num_kv_heads, model.head_dim, kv_dtype, format)
+    )
+    free = POOL_SHARE * target.device_memory * engine.tensor - weights
+    return max(0, int(free // (two.bytes / 2 * model.num_layers)))
+
+
 def make_workload(
     target: AotTarget,
     devices: Sequence[Any],
@@ -119,13 +141,13 @@ def make_workload(
     engine: EngineConfig,
     contexts: Contexts,
     page_size: int,
-    num_pages: int | None = None,
+    num_pages: int,
 ) -> Workload:
     """The steps as the engine would compile them on these devices.
 
     Args:
       engine: `max_threads` must be `contexts.threads`.
-      num_pages: of the pool; None: what the contexts hold, with every tail at its largest.
+      num_pages: of the pool.
 
     Raises:
       ValueError: the model cannot be split, the contexts do not fit the pool or a plan, or no kernel serves the pages.
@@ -140,8 +162,7 @@ def make_workload(
         contexts.own < engine.max_tail_pages * page_size,
         f"own is {contexts.own}, a tail has room for {engine.max_tail_pages * page_size - 1} and the next token",
     )
-    needed = 1 + -(-contexts.shared // page_size) + contexts.threads * engine.max_tail_pages
-    num_pages = needed if num_pages is None else num_pages
+    needed = contexts.pages(page_size, engine.max_tail_pages)
     check(num_pages >= needed, f"num_pages is {num_pages}, the contexts need {needed}")
     cache = CacheConfig(page_size=page_size, num_pages=num_pages, prefix_cache=False)
     kv_dtype = jnp.dtype(engine.kv_dtype or engine.dtype)

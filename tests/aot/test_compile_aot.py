@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SMALL = ("--model=qwen3_0_6b", "--layers=2", "--threads=8", "--context=512", "--num_pages=4001")
+SMALL = ("--model=qwen3_0_6b", "--layers=2", "--threads=8", "--context=512")
 _MODULES = {"TPU": "libtpu", "CUDA": "jax_cuda13_plugin"}
 
 
@@ -82,7 +82,7 @@ def test_steps_compile_in_place(target, compiler, tensor):
     assert result["compiles"] and result["fits"]
     assert result["attention"] != "reference"
     assert result["aliased_bytes"] >= result["cache_bytes"]
-    assert result["temp_bytes"] < result["cache_bytes"]
+    assert result["temp_bytes"] < result["cache_bytes"] / 10
     for step in result["steps"].values():
         assert not step["cache_copied"], step["page_copies"]
         assert not step["weights_copied"], step["weight_copies"]

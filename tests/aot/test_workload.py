@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from apr_jax.aot.target import find_target
-from apr_jax.aot.workload import Contexts, Workload, make_workload
+from apr_jax.aot.workload import Contexts, Workload, make_workload, pool_pages
 from apr_jax.config import EngineConfig
 from apr_jax.models.params import param_shapes
 from apr_jax.models.presets import PRESETS
@@ -30,10 +30,18 @@ def test_presets_have_the_published_sizes(name, num_params):
     assert sum(x.size for x in param_shapes(PRESETS[name], jnp.bfloat16).values()) == num_params
 
 
-def workload(contexts: Contexts, *, num_pages=None, own_config=None, **engine) -> Workload:
+def workload(contexts: Contexts, *, num_pages=1000, own_config=None, **engine) -> Workload:
     config = own_config or tiny_config(head_dim=64, max_position=4096)
     fields = {"max_threads": contexts.threads, "prefill_chunk": 32, "attention": "reference"} | engine
     return make_workload(find_target("h200"), jax.devices(), config, EngineConfig(**fields), contexts, 16, num_pages)
+
+
+def test_a_pool_fills_the_memory_beside_the_weights():
+    target, engine = find_target("v5e:2x4"), EngineConfig(dtype="bfloat16", tensor=8)
+    page = 16 * 36 * 2 * 8 * 128 * 2  # tokens, layers, keys and values, heads, head_dim, bytes
+    used = 2 * 8_190_735_360 + page * pool_pages(target, PRESETS["qwen3_8b"], engine, 16)
+    assert 0 <= 0.8 * 8 * target.device_memory - used < page
+    assert pool_pages(find_target("v6e:2x2"), PRESETS["llama3_70b"], EngineConfig(dtype="bfloat16"), 16) == 0
 
 
 def test_bytes_to_read():
@@ -43,7 +51,7 @@ def test_bytes_to_read():
     made = workload(contexts, own_config=config)
     token = 2 * 4 * config.num_kv_heads * 64 * config.num_layers
     assert made.token_bytes == token
-    assert made.num_pages == 1 + 80 // 16 + 8 * 32
+    assert contexts.pages(16, 32) == 1 + 80 // 16 + 8 * 32
     prefill, decode = made.steps
     weights = {name: 4 * x.size for name, x in param_shapes(config, jnp.float32).items()}
     total = sum(weights.values())
@@ -67,7 +75,7 @@ def test_arguments_are_shapes():
         ({"own": 101}, {}, "own is 101, must be in [0, context = 100]"),
         ({"context": 4096}, {}, "context is 4096, the model's window is 4096 tokens"),
         ({"context": 1000, "own": 512}, {}, "own is 512, a tail has room for 511"),
-        ({}, {"num_pages": 100}, "num_pages is 100, the contexts need"),
+        ({}, {"num_pages": 261}, "num_pages is 261, the contexts need 262"),
         ({}, {"tensor": 3}, "tensor is 3, it must divide num_heads"),
         ({}, {"attention": "pallas", "kv_dtype": "float64"}, "attention=pallas: no Pallas kernel"),
         ({}, {"prefill_chunk": 513}, "a prefill chunk of 513 tokens, a tail has room for 512"),
