@@ -46,7 +46,8 @@ from kernel_report import BASELINES, markdown, plots
 from kernel_runs import ERROR_BOUND, NO_SHARING, CaseRun, Settings
 from kernel_timing import copy_bandwidth, matmul_rate, rotated_bytes
 
-from apr_jax.config import ModelConfig, RopeConfig, check
+from apr_jax.config import check
+from apr_jax.models.presets import PRESETS
 from apr_jax.testing import tiny_config
 
 DTYPES = tuple(ERROR_BOUND)
@@ -73,7 +74,7 @@ _TARGET_RUNS = flags.DEFINE_list(
 )
 _MAX_PARTIALS = flags.DEFINE_integer("max_partials", 64, "Partial results a row, at most.", lower_bound=1)
 _MIN_SHARED = flags.DEFINE_integer("min_shared_tokens", 200, "Shorter shared runs are read privately.", lower_bound=1)
-_MODEL = flags.DEFINE_enum("model", "qwen3_8b", ["qwen3_8b", "tiny"], "Of step cases.")
+_MODEL = flags.DEFINE_enum("model", "qwen3_8b", ["tiny", *PRESETS], "Of step cases; its weights are random.")
 _REPEATS = flags.DEFINE_integer("repeats", None, "Of each timing. By default 5, on a CPU 3.", lower_bound=1)
 _MIN_MS = flags.DEFINE_float("min_ms", 30.0, "Device time of each repeat.", lower_bound=0.0)
 _BUDGET_S = flags.DEFINE_float("budget_s", None, "After so many seconds no further case is begun.", lower_bound=0.0)
@@ -85,20 +86,6 @@ _OUTPUT_DIR = flags.DEFINE_string(
     "output_dir", None, "Write kernels.json, kernels.md and plots into this directory, after every case."
 )
 
-QWEN3_8B = ModelConfig(
-    vocab_size=151_936,
-    d_model=4096,
-    num_layers=36,
-    num_heads=32,
-    num_kv_heads=8,
-    head_dim=128,
-    d_ff=12_288,
-    max_position=40_960,
-    rms_eps=1e-6,
-    qk_norm=True,
-    rope=RopeConfig(theta=1_000_000.0),
-    architecture="Qwen3ForCausalLM",
-)
 TIMED_ON_CPU = (
     "On a CPU only the reference is timed, and checked against itself in float32: these numbers say nothing of the "
     "kernels."
@@ -407,7 +394,7 @@ def _compare(found: dict[str, Any]) -> None:
 
 def _step(name: str, settings: Settings, timed: bool) -> dict[str, Any]:
     tiny = tiny_config(head_dim=_HEAD_DIM.value, d_model=64)
-    config = {"qwen3_8b": QWEN3_8B, "tiny": tiny}[_MODEL.value]
+    config = tiny if _MODEL.value == "tiny" else PRESETS[_MODEL.value]
     sizes = {"num_heads": config.num_heads, "num_kv_heads": config.num_kv_heads, "head_dim": config.head_dim}
     return measure_step(name, config, _MODEL.value, dataclasses.replace(settings, **sizes), timed=timed)
 

@@ -18,9 +18,10 @@ from jax import lax
 from kernel_cases import KernelCase, Layout, build_plan, lay_out, on_other_pages, page_maps
 from kernel_timing import Timing, time_passes
 
-MAX_STORES = 8  # layers' stores that calls rotate over; small cases have several variants in each
+MAX_STORES = 36  # layers' stores that calls rotate over, as a model has; small cases have several variants in each
 PASS_S = 5e-3  # device time of a pass, by the roofline: the host's launch of the next one hides behind it
 CALL_S = 4e-6  # the least that a call is expected to take
+SHORT_CALL_S = 100e-6
 MAX_CALLS = 4096  # of a pass
 MAX_PREFILL_PARTIALS = 4  # a row, as the engine's: one is as large as a chunk's output
 NO_SHARING = 2**30  # min_shared_tokens that no run reaches
@@ -100,10 +101,16 @@ class CaseRun:
 
     @property
     def num_calls(self) -> int:
-        """Calls of a pass: a multiple of L * V."""
-        rotation = len(self.stores) * len(self.maps)
+        """Calls of a pass: a multiple of V times those of a round."""
+        rotation = self.round_calls * len(self.maps)
         wanted = min(MAX_CALLS, PASS_S / max(self.roofline_s, CALL_S))
         return rotation * max(1, round(wanted / rotation))
+
+    @property
+    def round_calls(self) -> int:
+        """Calls that share what a backend derives from the plan: about a model's layers, where that would show."""
+        turns = -(-MAX_STORES // len(self.stores)) if self.roofline_s < SHORT_CALL_S else 1
+        return turns * len(self.stores)
 
     @property
     def rotated_bytes(self) -> int:
@@ -137,18 +144,18 @@ class CaseRun:
 
     def loop(self, call):
         """A pass, jitted: (q, stores, prepared of all variants) -> q after `num_calls` calls."""
-        num_calls, num_variants = self.num_calls, len(self.maps)
+        num_calls, round_calls, num_variants = self.num_calls, self.round_calls, len(self.maps)
         call = jax.jit(call)  # traced and lowered once, not once a store
 
         @jax.jit
         def run(q, stores, prepared):
             def body(i, q):
                 step = jax.tree.map(lambda each: each[i % num_variants] if num_variants > 1 else each[0], prepared)
-                for store in stores:
-                    q = call(q, store, step)
+                for each in range(round_calls):
+                    q = call(q, stores[each % len(stores)], step)
                 return q
 
-            return lax.fori_loop(0, num_calls // len(stores), body, q)
+            return lax.fori_loop(0, num_calls // round_calls, body, q)
 
         return run
 
