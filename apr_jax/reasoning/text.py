@@ -3,10 +3,36 @@ published.
 """
 
 import bisect
+from collections.abc import Iterator
 
 from apr_jax.engine.joining import flatten as flatten
 from apr_jax.engine.thread import Thread
 from apr_jax.tokenizers import Tokenizer
+
+
+def chain(thread: Thread) -> Iterator[tuple[Thread, int, int]]:
+    """What has been said from the prompt to the thread's end, joined children in their places: threads with half-open
+    intervals of their own tokens.
+    """
+    if thread.parent is not None:
+        yield from chain(thread.parent)
+    yield from _own_pieces(thread)
+
+
+def _own_pieces(thread: Thread) -> Iterator[tuple[Thread, int, int]]:
+    start = 0
+    for record in thread.joins:
+        yield thread, start, record.at
+        start = record.at
+        if record.mode != "splice":
+            for child in record.children:
+                yield from _own_pieces(child)
+    yield thread, start, len(thread.token_ids)
+
+
+def chain_ids(thread: Thread) -> list[int]:
+    """Token ids of the `chain`."""
+    return [token for each, start, stop in chain(thread) for token in each.token_ids[start:stop]]
 
 
 def find_blocks(thread: Thread, tokenizer: Tokenizer, block: tuple[str, str]) -> list[tuple[int, int]]:
