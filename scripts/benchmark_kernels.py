@@ -26,6 +26,7 @@ import json
 import os
 import platform
 import re
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -90,6 +91,7 @@ TIMED_ON_CPU = (
     "On a CPU only the reference is timed, and checked against itself in float32: these numbers say nothing of the "
     "kernels."
 )
+FIRST_SHARE = 0.7  # of the budget, for our kernels and JAX's; FlashInfer's follow
 INTERPRETED = "Interpret mode: results were checked, nothing was timed."
 
 
@@ -228,18 +230,18 @@ class _Benchmark:
         """Our kernel and JAX's on every case, then FlashInfer's, whose kernels are compiled meanwhile."""
         settings = self._settings(backend)
         compiling = None
-        wants_flashinfer = self._timed and "flashinfer" in _wanted()
-        if wants_flashinfer and self._platform == "cuda":
+        wants_flashinfer = self._timed and "flashinfer" in _wanted() and why_absent(self._platform) is None
+        if wants_flashinfer:
             sizes = (settings.num_heads, settings.num_kv_heads, settings.head_dim)
             compiling = start_compiling(*sizes, settings.dtype)
         for name in names:
-            self._cases.append(self._guarded(name, settings))
+            self._cases.append(self._guarded(name, settings, FIRST_SHARE if wants_flashinfer else 1.0))
             self._tell(self._cases[-1])
             self._outputs.write(self.summary())
-        if not wants_flashinfer or why_absent(self._platform) is not None:
+        if not wants_flashinfer:
             return
         if compiling is not None:
-            compiling.wait()
+            self._wait_for(compiling)
         for case in self._cases:
             if case["kind"] != "step" and case.get("us") is not None:
                 case["baselines"]["flashinfer"] = self._flashinfer(case, settings)
@@ -294,11 +296,24 @@ class _Benchmark:
         print(f"copy {1e-9 * copy:,.1f} GB/s, matmul {1e-12 * rate:,.2f} TFLOP/s", flush=True)
         return copy, rate
 
-    def _guarded(self, name: str, settings: Settings) -> dict[str, Any]:
+    def _seconds_left(self, share: float = 1.0) -> float:
+        """Of a share of the budget."""
+        budget = float("inf") if _BUDGET_S.value is None else share * _BUDGET_S.value
+        return budget - (time.monotonic() - self._started)
+
+    def _wait_for(self, compiling: subprocess.Popen) -> None:
+        """Until FlashInfer's kernels are compiled or the budget is over; what is missing then fails with its reason."""
+        left = self._seconds_left()
+        try:
+            compiling.wait(None if left == float("inf") else max(0.0, left))
+        except subprocess.TimeoutExpired:
+            compiling.terminate()
+
+    def _guarded(self, name: str, settings: Settings, share: float) -> dict[str, Any]:
         """A case's result; an error of a compiler or a kernel is one, so that the other cases are still run."""
         kind = "step" if _is_step(name) else parse_case(name).kind
         failed = {"name": name, "kind": kind, "backend": settings.backend, "us": None}
-        if _BUDGET_S.value is not None and time.monotonic() - self._started > _BUDGET_S.value:
+        if self._seconds_left(share) < 0:
             return failed | {"skipped": f"--budget_s={_BUDGET_S.value:g} are over"}
         try:
             if kind == "step":
@@ -310,7 +325,7 @@ class _Benchmark:
             gc.collect()  # compiled loops hold stores in cycles
 
     def _flashinfer(self, found: dict[str, Any], settings: Settings) -> dict[str, Any]:
-        if _BUDGET_S.value is not None and time.monotonic() - self._started > _BUDGET_S.value:
+        if self._seconds_left() < 0:
             return absent(f"--budget_s={_BUDGET_S.value:g} are over")
         try:
             run = CaseRun(parse_case(found["name"]), settings)
@@ -351,7 +366,7 @@ def _case(case: KernelCase, settings: Settings, device_platform: str, timed: boo
         "baselines": {name: absent("left out by --baselines") for name in BASELINES},
     }
     if "private" in _wanted():
-        found["baselines"]["private"] = _private(run, expected, timed)
+        found["baselines"]["private"] = _private(run, expected, timed, found["target_runs"])
     if "jax" in _wanted():
         pallas = {"tpu": "tpu", "gpu_hopper": "cuda", "gpu_triton": "cuda"}
         kernels_of = device_platform if timed else pallas[settings.backend]
@@ -372,11 +387,12 @@ def _case(case: KernelCase, settings: Settings, device_platform: str, timed: boo
     return found
 
 
-def _private(run: CaseRun, expected, timed: bool) -> dict[str, Any]:
+def _private(run: CaseRun, expected, timed: bool, target_runs: int) -> dict[str, Any]:
     """Our kernel with every context read by its own row alone."""
     if all(group.hi - group.lo == 1 for level in run.case.levels for group in level):
         return absent("nothing is shared")
-    return {"name": "ours, nothing shared", "reason": None, **run.measure(NO_SHARING, expected, timed=timed)}
+    found = run.measure(NO_SHARING, expected, timed=timed, target_runs=(target_runs,))
+    return {"name": "ours, nothing shared", "reason": None, **found}
 
 
 def _compare(found: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from kernel_runs import CaseRun, as_us
 
 GPU_SPLITS = (1, 16)  # of a row's context, over programs
 TPU_BLOCK_PAGES = (8, 32)
+SLACK = 4.0  # times our error bound that a baseline may have: some keep partial results in the queries' dtype
 
 
 def absent(reason: str) -> dict[str, Any]:
@@ -61,7 +62,7 @@ def jax_public(run: CaseRun, platform: str, expected, *, timed: bool = True) -> 
 def _measure(run: CaseRun, call: Callable, tables: np.ndarray, expected, timed: bool) -> dict[str, Any]:
     prepared = jnp.asarray(run.maps[:, tables])
     scaled = (run.q * run.settings.head_dim**-0.5).astype(run.q.dtype)  # these kernels do not scale
-    error, correct = run.error_of(run.once(call, prepared, scaled), expected)
+    error, correct = run.error_of(run.once(call, prepared, scaled), expected, SLACK)
     found = {"us": None, "max_error": error if np.isfinite(error) else None, "correct": correct, "reason": None}
     return found | (as_us(run.time_calls(call, prepared)) if timed else {})
 

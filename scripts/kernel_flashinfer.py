@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from apr_kernels.kv_pages import is_quantised
-from kernel_baselines import absent, first_line
+from kernel_baselines import SLACK, absent, first_line
 from kernel_cases import page_table
 from kernel_runs import CaseRun
 
@@ -111,7 +111,7 @@ def _measure(run: CaseRun, calls: list[Callable], caches: list, q, expected) -> 
     import torch
 
     o = calls[0](q, caches[0])
-    error, correct = run.error_of(jnp.from_dlpack(o.float().contiguous())[:, None], expected)
+    error, correct = run.error_of(jnp.from_dlpack(o.float().contiguous())[:, None], expected, SLACK)
     rotation = len(calls) * len(caches)
     num_calls = rotation * max(1, min(run.num_calls, GRAPH_CALLS) // rotation)
 
