@@ -37,14 +37,15 @@ def pieces_of(grammar: Grammar) -> tuple[list[str], list[str]]:
 
 
 def babble(tokenizer, pieces: tuple[list[str], list[str]], seed: int):
-    """A script of tags, plans and letters in any order; depends on the seed and the thread's tokens alone."""
+    """A script of tags, plans and letters in any order; depends on the seed, the prompt and the thread's path alone."""
     tags, plans = ([tokenizer.encode(piece) for piece in group] for group in pieces)
 
     def script(thread, ids):
         """Says what is left of the piece that it is in, else draws the next piece."""
         at, n = 0, thread.num_sampled + len(ids) - len(thread.token_ids)
         for draw in range(10_000):
-            digest = hashlib.blake2b(repr((seed, thread.path, draw)).encode(), digest_size=8).digest()
+            drawn_from = repr((seed, thread.family.root.prompt_ids, thread.path, draw)).encode()
+            digest = hashlib.blake2b(drawn_from, digest_size=8).digest()
             kind, pick = digest[0] % 16, digest[1]
             if kind < 3:
                 said = plans[pick % len(plans)]
@@ -117,6 +118,9 @@ APR_LINES = [
     "\n<Start Sub Search 0 at level 1> Moving to Node #0,0\n<Start Sub Search 1 at level 1> Moving to Node #0,1\n",
     "\n<Start Sub Search 0 at level 1> Moving to Node #9\n<Start Sub Search",
     "9,9 equal: Goal Reached\npath: Goal Reached\n",
+    f"Moving to Node #0,1{END_CALLING}",
+    f"\n<Start Sub Search 0 at level 1> Moving to Node #0\n{END_CALLING}",
+    f"{CALLING}\n<Start Sub Search 0 at level 1> Moving to Node #0\n{END_CALLING}",
 ]
 
 
