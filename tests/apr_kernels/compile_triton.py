@@ -5,7 +5,6 @@ platform.
 """
 
 import contextlib
-import functools
 import inspect
 import json
 import os
@@ -13,12 +12,13 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 from tests.apr_kernels.compile_hopper import set_up, shapes
 
 TARGETS = Path(__file__).parents[2] / "apr_jax/aot/targets"
-KERNELS = r"(paged_attention|merge_partials)\w*"
+KERNELS = r"\w*(?:paged_attention|merge_partials)\w*"
 INSTRUCTIONS = {
     "matrix": r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b",
     "async_copies": r"\bcp\.async\.c[ag]\b",
@@ -44,7 +44,8 @@ def as_if_on(config: str) -> contextlib.AbstractContextManager:
     kind = re.search(r'^device_description_str: "(.*)"', config, re.MULTILINE)
     cores = re.search(r"^ *core_count: (\d+)", config, re.MULTILINE)
     assert kind and cores
-    fields = {"device_kind": kind[1], "platform": "gpu", "num_cores": int(cores[1])}
+    known = kind[1].replace("L40S", "L40")  # the same chip; Pallas does not know the L40S
+    fields = {"device_kind": known, "platform": "gpu", "num_cores": int(cores[1])}
     device = jax.sharding.AbstractDevice(**fields)
     return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device))
 
@@ -55,8 +56,9 @@ def compile_case(case: dict, device, dump: Path) -> list[dict]:
     for path in dump.iterdir():
         path.unlink()
     arguments = shapes(case, device)
-    function = jax.jit(functools.partial(step), donate_argnums=0)
+    function = jax.jit(step, donate_argnums=0)
     memory = function.trace(*arguments).lower(lowering_platforms=("cuda",)).compile().memory_analysis()
+    assert memory is not None
     totals = {
         "case": case,
         "store_bytes": arguments[0].bytes,
@@ -90,6 +92,8 @@ def assemble(path: Path) -> dict:
 def main() -> None:
     dump = set_up()
     os.environ["XLA_FLAGS"] += f" --xla_dump_to={dump}"
+    if version("jaxlib") >= "0.11":  # its XLA dumps no PTX unasked; that of 0.10 does not know the option
+        os.environ["XLA_FLAGS"] += " --xla_dump_emitter_re=ptx"
     from jax.experimental import topologies
 
     config = (TARGETS / f"{sys.argv[1]}.textproto").read_text()

@@ -31,7 +31,7 @@ def merge(o, m, l, partials, num_queries, num_tokens: int, dtype, *, interpret: 
     num_used = jnp.max(jnp.where(partials >= 0, jnp.arange(1, num_columns + 1), 0), axis=1).astype(jnp.int32)
     shape = (num_rows, num_tokens, num_kv_heads * group)
     call = pl.pallas_call(
-        functools.partial(_kernel, rows=rows, group=group),
+        functools.partial(merge_partials_kernel, rows=rows, group=group),
         grid=(num_rows, pl.cdiv(queries, rows), num_kv_heads),
         out_shape=[jax.ShapeDtypeStruct((*shape, head_dim), dtype), jax.ShapeDtypeStruct(shape, jnp.float32)],
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
@@ -41,7 +41,9 @@ def merge(o, m, l, partials, num_queries, num_tokens: int, dtype, *, interpret: 
     return tuple(call(o, m, l, partials, num_used, num_queries.astype(jnp.int32)))
 
 
-def _kernel(o_ref, m_ref, l_ref, partials_ref, num_used_ref, num_queries_ref, out_ref, lse_ref, *, rows, group):
+def merge_partials_kernel(
+    o_ref, m_ref, l_ref, partials_ref, num_used_ref, num_queries_ref, out_ref, lse_ref, *, rows, group
+):
     """One program: M queries of a row and KV head. All arrays are whole, in global memory."""
     row, block, head = (pl.program_id(axis) for axis in range(3))
     num_partials, queries, head_dim = o_ref.shape[1:]

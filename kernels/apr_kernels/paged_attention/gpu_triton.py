@@ -104,7 +104,7 @@ def _run_kernel(
     inputs = [windows.table, windows.count, prepared.pages, q, kv_pages.k, kv_pages.v, *scales]
     num_programs = min(num_units, 2 if interpret else MAX_PROGRAMS)
     body = functools.partial(
-        _kernel,
+        paged_attention_kernel,
         causal=num_tokens > 1,
         group=group,
         blocks=blocks,
@@ -127,7 +127,9 @@ def _run_kernel(
     return _Partials(*call(*inputs, *earlier))
 
 
-def _kernel(windows_ref, count_ref, pages_ref, q_ref, k_ref, v_ref, *refs, num_programs, quantised, **options):
+def paged_attention_kernel(
+    windows_ref, count_ref, pages_ref, q_ref, k_ref, v_ref, *refs, num_programs, quantised, **options
+):
     """One program: every num_programs-th unit. All arrays are whole, in global memory."""
     scales = refs[:2] if quantised else None
     partials = _Partials(*refs[-3:])

@@ -1,8 +1,11 @@
 """What each backend of paged attention supports, and the block sizes it runs with."""
 
 import dataclasses
+import re
 
+import jax
 import jax.numpy as jnp
+from jax.experimental.pallas import triton
 
 from apr_kernels.backends import GPU_HOPPER, GPU_TRITON, REFERENCE, TPU, Target
 
@@ -32,7 +35,15 @@ def unsupported(backend: str, target: Target, kv_dtype, page_size: int, head_dim
             return f"{what} {value}, must be one of {', '.join(map(str, known))}"
     if name == "float8_e4m3fn" and target.platform == "cuda" and target.compute_capability < (8, 9):
         return "float8_e4m3fn needs compute capability 8.9"
-    return None
+    return _unknown_card(target.kind) if backend == GPU_TRITON else None
+
+
+def _unknown_card(kind: str) -> str | None:
+    """From JAX 0.11 on, Pallas-Triton lowers for the cards of a list only (not for "NVIDIA L40S")."""
+    known = [version.value for version in getattr(triton, "GpuVersion", ())]
+    if not known or any(re.search(rf"\b{re.escape(name)}\b", kind) for name in known):
+        return None
+    return f"Pallas-Triton of JAX {jax.__version__} does not know {kind}, that of JAX 0.10.2 does"
 
 
 @dataclasses.dataclass(frozen=True)
