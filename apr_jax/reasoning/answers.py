@@ -120,16 +120,16 @@ class Answers:
         limit = run.budget.share(thread, action)
         if limit is None:
             return f"too few tokens are left for {len(action.token_lists)} children"
-        each = each_sampling(action)
+        each, is_spawn = each_sampling(action), isinstance(action, Spawn)
         if reason := self._unsound(each):
             return reason
         room = min(limit.path, limit.total, limit.path if limit.own is None else limit.own)
         params = [
-            dataclasses.replace(p, max_new_tokens=min(p.max_new_tokens, room - len(ids)))
+            dataclasses.replace(p, max_new_tokens=min(p.max_new_tokens, room - (0 if is_spawn else len(ids))))
             for p, ids in zip(each, action.token_lists, strict=True)
         ]
         try:
-            if isinstance(action, Spawn):
+            if is_spawn:
                 children = self.core.spawn(thread, action.token_lists, sampling=params)
             else:
                 children = self.core.fork(

@@ -9,7 +9,12 @@ import dataclasses
 
 from apr_jax.engine.thread import Thread
 from apr_jax.reasoning.metrics import critical_path, total_tokens
-from apr_jax.reasoning.program import Fork, Guards
+from apr_jax.reasoning.program import Fork, Guards, Spawn
+
+
+def forced_len(fork: Fork) -> int:
+    """Tokens that are forced on some child at most; a spawned one's are its prompt."""
+    return 0 if isinstance(fork, Spawn) else max(map(len, fork.token_lists))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,7 +69,7 @@ class Budget:
             total=left // (fork.num_dealt or len(fork.token_lists)) - closing,
             own=None if self._guards.max_thread_tokens is None else self._guards.max_thread_tokens - closing,
         )
-        needed = 1 + max(map(len, fork.token_lists))
+        needed = 1 + forced_len(fork)
         smallest = min(share.path, share.total, needed if share.own is None else share.own)
         return share if self._room(thread, limit) >= kept and smallest >= needed else None
 

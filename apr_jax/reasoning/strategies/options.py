@@ -78,7 +78,8 @@ class StrategyOptions:
     """What a client asks of the strategies; each reads its part.
 
     Attributes:
-      num_samples: samples of `self_consistency` and `best_of_n`; candidates a step of the searches.
+      num_samples: samples of `self_consistency` and `best_of_n`; candidates a step of the searches, and a state of
+        `tree_of_thoughts`.
       temperature: of samples where the request's own is 0, which would make them all alike.
       extract_answer: from a sample's text to what is voted on; None: the text without white space around.
       score: of a text, higher is better; None: the mean log-probability of its sampled tokens.
