@@ -40,11 +40,12 @@ from absl import flags
 from apr_kernels.backends import BACKENDS, REFERENCE, Target, choose_backend, target_of, unsupported
 from decode_step import FORM, measure_step
 from json_output import check_output_path, write_json
-from kernel_baselines import absent, first_line, jax_public
-from kernel_cases import SUITES, KernelCase, parse_case
+from kernel_baselines import absent, first_line
+from kernel_cases import SUITES, parse_case
 from kernel_flashinfer import flashinfer, start_compiling, why_absent
+from kernel_measure import compare, measure_case
 from kernel_report import BASELINES, markdown, plots
-from kernel_runs import ERROR_BOUND, NO_SHARING, CaseRun, Settings
+from kernel_runs import ERROR_BOUND, CaseRun, Settings
 from kernel_timing import copy_bandwidth, matmul_rate, rotated_bytes
 
 from apr_jax.config import check
@@ -245,7 +246,7 @@ class _Benchmark:
         for case in self._cases:
             if case["kind"] != "step" and case.get("us") is not None:
                 case["baselines"]["flashinfer"] = self._flashinfer(case, settings)
-                _compare(case)
+                compare(case)
                 self._tell(case)
                 self._outputs.write(self.summary())
 
@@ -318,7 +319,7 @@ class _Benchmark:
         try:
             if kind == "step":
                 return {**failed, **_step(name, settings, self._timed)}
-            return {**failed, **_case(parse_case(name), settings, self._platform, self._timed)}
+            return {**failed, **measure_case(parse_case(name), settings, self._platform, _wanted(), timed=self._timed)}
         except Exception as error:
             return failed | {"error": first_line(error)}
         finally:
@@ -352,60 +353,6 @@ class _Benchmark:
         if case.get("parts_us"):
             words.append(", ".join(f"{name} {us:,.0f} us" for name, us in case["parts_us"].items()))
         print(" ".join([words[0], "; ".join(words[1:])]), flush=True)
-
-
-def _case(case: KernelCase, settings: Settings, device_platform: str, timed: bool) -> dict[str, Any]:
-    run = CaseRun(case, settings)
-    expected = run.reference()
-    unique_bytes, flops, roofline_s = settings.bounds(case)
-    found: dict[str, Any] = {
-        "parameters": case.parameters,
-        "unique_bytes": unique_bytes,
-        "flops": flops,
-        **run.measure(settings.min_shared_tokens, expected, timed=timed),
-        "baselines": {name: absent("left out by --baselines") for name in BASELINES},
-    }
-    if "private" in _wanted():
-        found["baselines"]["private"] = _private(run, expected, timed, found["target_runs"])
-    if "jax" in _wanted():
-        pallas = {"tpu": "tpu", "gpu_hopper": "cuda", "gpu_triton": "cuda"}
-        kernels_of = device_platform if timed else pallas[settings.backend]
-        found["baselines"]["jax"] = jax_public(run, kernels_of, expected, timed=timed)
-    if "flashinfer" in _wanted():
-        found["baselines"]["flashinfer"] = absent(why_absent(device_platform) or "not reached")
-    if found["us"] is not None:
-        seconds = 1e-6 * found["us"]
-        found |= {
-            "gb_per_s": 1e-9 * unique_bytes / seconds,
-            "copy_fraction": unique_bytes / seconds / settings.copy_bytes_per_s,
-            "roofline_us": 1e6 * roofline_s,
-            "roofline_fraction": roofline_s / seconds,
-            "bound": "bytes" if unique_bytes / settings.copy_bytes_per_s >= roofline_s else "flops",
-            "rotated_bytes": run.rotated_bytes,
-        }
-        _compare(found)
-    return found
-
-
-def _private(run: CaseRun, expected, timed: bool, target_runs: int) -> dict[str, Any]:
-    """Our kernel with every context read by its own row alone."""
-    if all(group.hi - group.lo == 1 for level in run.case.levels for group in level):
-        return absent("nothing is shared")
-    found = run.measure(NO_SHARING, expected, timed=timed, target_runs=(target_runs,))
-    return {"name": "ours, nothing shared", "reason": None, **found}
-
-
-def _compare(found: dict[str, Any]) -> None:
-    """Puts each baseline's ratio, its time over ours, and the best correct one in front."""
-    best = None
-    for name, baseline in found["baselines"].items():
-        if baseline["us"] is not None:
-            baseline["ratio"] = baseline["us"] / found["us"]
-            if baseline["correct"] and (best is None or baseline["us"] < found["baselines"][best]["us"]):
-                best = name
-    found["baseline"] = best
-    found["baseline_us"] = None if best is None else found["baselines"][best]["us"]
-    found["ratio"] = None if best is None else found["baselines"][best]["ratio"]
 
 
 def _step(name: str, settings: Settings, timed: bool) -> dict[str, Any]:

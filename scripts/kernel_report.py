@@ -38,21 +38,26 @@ def _number(value: float | None, form: str = ",.1f") -> str:
 
 
 def _cells(case: dict[str, Any]) -> list[str]:
-    if case.get("error"):
-        return [case["name"], case["error"][:80].replace("|", "/"), *["-"] * (len(_COLUMNS) + len(BASELINES) - 2)]
+    error = _number(case.get("max_error"), ".1e") + (" WRONG" if case.get("correct") is False else "")
     cells = [
         case["name"],
         _number(case["us"]),
-        _number(case["gb_per_s"], ",.0f"),
-        _number(case["copy_fraction"], ".0%"),
-        _number(case["roofline_us"]),
-        _number(case["roofline_fraction"], ".0%"),
-        case["bound"],
-        _number(case["max_error"], ".1e") + ("" if case["correct"] else " WRONG"),
+        _number(case.get("gb_per_s"), ",.0f"),
+        _number(case.get("copy_fraction"), ".0%"),
+        _number(case.get("roofline_us")),
+        _number(case.get("roofline_fraction"), ".0%"),
+        case.get("bound", "-"),
+        _why(case) or error,
     ]
-    for name in BASELINES:
-        cells.append(_number(case["baselines"][name].get("ratio"), ".2f"))
-    return cells
+    baselines = case.get("baselines", {})
+    return cells + [_number(baselines.get(name, {}).get("ratio"), ".2f") for name in BASELINES]
+
+
+def _why(case: dict[str, Any]) -> str:
+    """Why a case has no result, short enough for a table."""
+    if case.get("skipped"):
+        return f"skipped: {case['skipped']}"
+    return case.get("error", "")[:80].replace("|", "/")
 
 
 def _reasons(cases: list[dict[str, Any]]) -> list[str]:
@@ -67,8 +72,8 @@ def _reasons(cases: list[dict[str, Any]]) -> list[str]:
 
 
 def _step_lines(case: dict[str, Any]) -> list[str]:
-    if case.get("error"):
-        return [f"`{case['name']}`: {case['error']}"]
+    if case["us"] is None:
+        return [f"`{case['name']}`: {_why(case) or 'not timed'}"]
     parts = ", ".join(f"{name} {us:,.0f}" for name, us in case["parts_us"].items())
     return [
         f"`{case['name']}`, a whole decode step of {case['model']}: {case['us']:,.0f} us, "

@@ -100,6 +100,24 @@ def test_page_tables_are_for_contexts_without_holes():
     assert page_table(joined, lay_out(joined, PAGE_SIZE), PAGE_SIZE) is None
 
 
+def test_the_table_says_what_has_no_time():
+    untimed = {"kind": "tree", "us": None, "backend": "tpu"}
+    cases = [
+        {"name": "checked", "max_error": 1e-3, "correct": True, "baselines": {}, **untimed},
+        {"name": "bad", "max_error": 0.5, "correct": False, **untimed},
+        {"name": "broken", "error": "ValueError: a|b", **untimed},
+        {"name": "late", "skipped": "--budget_s=1 are over", **untimed},
+        {"name": "step", "skipped": "--budget_s=1 are over", **untimed, "kind": "step"},
+    ]
+    summary = {"cases": cases, "measured": None, "note": "", "device": {"kind": "a chip", "backend": "tpu"}}
+    lines = {line.split("|")[1].strip(): line for line in markdown(summary).splitlines() if line.startswith("| ")}
+    assert len({line.count("|") for line in lines.values()}) == 1, "every row has every cell"
+    assert "1.0e-03" in lines["checked"] and "WRONG" not in lines["checked"]
+    assert "5.0e-01 WRONG" in lines["bad"]
+    assert "a/b" in lines["broken"] and "skipped" in lines["late"]
+    assert "`step`: skipped" in markdown(summary)
+
+
 def _tokens(ids, last, page_size):
     """Where the tokens of a sequence of pages lie, the last page holding `last`."""
     found = [int(page) * page_size + slot for page in ids for slot in range(page_size)]
