@@ -34,8 +34,14 @@ def make_program(name: str, tokenizer: Tokenizer, join: JoinMode | None = None) 
         is_file or name in PROGRAM_NAMES,
         f"program {name!r} is not one of {', '.join(PROGRAM_NAMES)}, nor a path ending in .toml",
     )
-    if is_file or name in GRAMMARS:
-        grammar = load_grammar(name) if is_file else GRAMMARS[name]
-        return GrammarProgram(grammar if join is None else dataclasses.replace(grammar, join=join), tokenizer)
-    check(join is None, f"join is {join!r}, program {name!r} has no join to replace")
-    return AprProgram(tokenizer) if name == AprProgram.name else SequentialProgram()
+    grammar = load_grammar(name) if is_file else GRAMMARS.get(name)
+    if join is not None:
+        check(grammar is not None, f"join is {join!r}, program {name!r} has no join to replace")
+        assert grammar is not None
+        grammar = dataclasses.replace(grammar, join=join)
+    try:
+        if grammar is not None:
+            return GrammarProgram(grammar, tokenizer)
+        return AprProgram(tokenizer) if name == AprProgram.name else SequentialProgram()
+    except ValueError as error:
+        raise ValueError(f"program {name!r} is not for this model's tokenizer: {error}") from error

@@ -8,7 +8,9 @@ from transcripts import Transcripts, assert_all_pages_free, scripted_engine
 
 from apr_jax.reasoning.grammars.custom import load_grammar
 from apr_jax.reasoning.programs import GRAMMARS, make_program
+from apr_jax.tasks.countdown_tokenizer import build_sentencepiece_model
 from apr_jax.testing import byte_tokenizer
+from apr_jax.tokenizers import SentencePieceTokenizer
 from apr_jax.types import SamplingParams
 
 FIELDS = {
@@ -99,6 +101,14 @@ def test_files_that_cannot_be_read(tmp_path):
     broken.write_bytes(b"\xff")
     with pytest.raises(ValueError, match=r"broken\.toml is no TOML"):
         make_program(str(broken), byte_tokenizer())
+
+
+@pytest.mark.parametrize("name", ["npr", "threadweaver", "parallel_r1", "apr"])
+def test_a_tokenizer_that_cannot_write_a_programs_tags_is_named(name, tmp_path):
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(build_sentencepiece_model())
+    with pytest.raises(ValueError, match=f"program '{name}' is not for this model's tokenizer: no token for"):
+        make_program(name, SentencePieceTokenizer(path))
 
 
 def test_programs_that_are_not_there():

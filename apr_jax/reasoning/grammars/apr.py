@@ -94,6 +94,7 @@ class AprProgram(Program):
         self._tokenizer = tokenizer
         self._tags = Tags(tokenizer, (CALLING, RESULTS, END_CALLING))
         self._line_break = tokenizer.encode("\n", continuation=True)
+        tokenizer.encode(CALLING + END_CALLING, continuation=True)  # raises here, not in the middle of a search
 
     def start(self, request: Request) -> Append:
         return Append(sampling=self._tags.only(request.sampling, (CALLING, RESULTS)))
