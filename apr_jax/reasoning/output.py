@@ -44,7 +44,8 @@ class Output:
       threads: the root and all its descendants, oldest first.
       degraded: what did not go as the format wants.
       finish_reason: why the root ended: `eos`, `length`, `context`, `pages`, `stop_id`, `stop_string`,
-        `cancelled`; `stalled`: the program waited for nothing; `error`: the program raised.
+        `cancelled`; `unclosed`: a thread had no closer, and the format ends there; `stalled`: the program waited
+        for nothing; `error`: the program raised.
     """
 
     text: str
