@@ -73,6 +73,8 @@ class ModelConfig:
             "max_position",
         ):
             check(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}, must be >= 1")
+        runs = self.target_runs
+        check(runs is None or runs >= 1, f"target_runs is {runs}, must be >= 1")
         check(
             self.num_heads % self.num_kv_heads == 0,
             f"num_heads is {self.num_heads}, must be a multiple of num_kv_heads = {self.num_kv_heads}",
@@ -111,9 +113,9 @@ class EngineConfig:
     prefill_rows: int = 4  # rows of a prefill dispatch
     max_tail_pages: int = 32  # M: a longer tail is sealed and a new one begun
     item_pages: int = 16  # C
-    max_partials: int = 64  # P
+    max_partials: int = 16  # P
     max_prefill_partials: int = 4  # P in prefill, where a partial is as large as a chunk's output
-    target_runs: int = 1  # runs that fill the chip: longer ones are cut up until there are so many; 1 on CPU
+    target_runs: int | None = None  # runs that fill the chip, longer ones are cut up to; None: by platform
     min_shared_tokens: int = 32  # a shared run shorter than this is read privately
     max_family_pages: int | None = None  # None: the pool's size
     max_stop_ids: int = 8
@@ -133,8 +135,9 @@ class EngineConfig:
             "item_pages",
             "max_partials",
             "max_prefill_partials",
-            "target_runs",
             "max_stop_ids",
             "tensor",
         ):
             check(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}, must be >= 1")
+        runs = self.target_runs
+        check(runs is None or runs >= 1, f"target_runs is {runs}, must be >= 1")

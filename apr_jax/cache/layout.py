@@ -42,7 +42,7 @@ class Layout:
         self._page_size = cache_config.page_size
         self._item_pages = engine_config.item_pages
         self._max_partials = max_partials
-        self._target_runs = engine_config.target_runs
+        self._target_runs = engine_config.target_runs or 1
         self._pool_items = self.num_items(cache_config.num_pages)
         self._tail_items = self.num_items(engine_config.max_tail_pages)
 

@@ -1,5 +1,6 @@
 """Chooses an engine's kernels, once, by platform and configuration."""
 
+import dataclasses
 import logging
 
 import jax
@@ -10,6 +11,19 @@ from apr_jax.engine.attend import Kernels
 from apr_jax.models.sharding import check_divisible, make_mesh
 
 logger = logging.getLogger(__name__)
+
+
+def fill_chip(model_config: ModelConfig, engine_config: EngineConfig) -> EngineConfig:
+    """The configuration with `target_runs` set: on a GPU, as many as its multiprocessors over a device's KV heads, as
+    each pair is a block of its own; 1 on TPUs, whose cores work through items in turn, and on CPUs.
+    """
+    if engine_config.target_runs is not None:
+        return engine_config
+    device = jax.devices()[0]
+    on_gpu = target_of(device).platform == "cuda"
+    num_cores = getattr(device, "core_count", None) or 132
+    num_heads = max(1, model_config.num_kv_heads // engine_config.tensor)
+    return dataclasses.replace(engine_config, target_runs=-(-num_cores // num_heads) if on_gpu else 1)
 
 
 def choose_kernels(model_config: ModelConfig, cache_config: CacheConfig, engine_config: EngineConfig) -> Kernels:

@@ -20,6 +20,7 @@ from apr_jax.engine.batch import (
     decode_batch,
     prefill_batch,
 )
+from apr_jax.engine.kernels import fill_chip
 from apr_jax.engine.runner import Runner
 from apr_jax.engine.scheduler import Work
 from apr_jax.engine.stop_strings import find_stop
@@ -52,6 +53,7 @@ class Loop(ThreadTree):
         if runner is None:
             assert decoder is not None, "a decoder or a runner is needed"
             runner = Runner(model_config, decoder, cache_config, engine_config)
+        engine_config = fill_chip(model_config, engine_config)
         super().__init__(model_config, cache_config, engine_config, runner)
         self.tokenizer = tokenizer
         self.plans = PlanBuilder(cache_config, engine_config)
