@@ -73,8 +73,6 @@ class ModelConfig:
             "max_position",
         ):
             check(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}, must be >= 1")
-        runs = self.target_runs
-        check(runs is None or runs >= 1, f"target_runs is {runs}, must be >= 1")
         check(
             self.num_heads % self.num_kv_heads == 0,
             f"num_heads is {self.num_heads}, must be a multiple of num_kv_heads = {self.num_kv_heads}",
