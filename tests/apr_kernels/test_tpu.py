@@ -12,7 +12,6 @@ from apr_kernels.backends import TPU, format_for
 from apr_kernels.kv_pages import HEAD_MAJOR, convert_pages, quantise
 from apr_kernels.kv_update import kv_update
 from apr_kernels.paged_attention import paged_attention, tuning
-from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
 from tests.apr_kernels.oracle import oracle, updated
@@ -209,6 +208,8 @@ def test_quantised(name, page_size, dtype):
 @pytest.mark.parametrize("name", ["siblings", "prefill"])
 def test_no_races(name, small, monkeypatch):
     """Uninitialised memory reads as NaN here, and copies are made as late as they may be."""
+    from jax._src.pallas.mosaic.interpret import interpret_pallas_call  # the only place where races are told
+
     if small:
         monkeypatch.setattr(tuning, "tpu_blocks", lambda *_, **__: SMALL_BLOCKS)
     step.clear_cache()
