@@ -34,6 +34,7 @@ def compile_step(target: AotTarget, workload: Workload, step: Step, dump_dir: Pa
       The report; where the compiler refused, one with the first lines of its error.
     """
     read_bytes = workload.read_bytes(step)
+    earlier = set(dump_dir.rglob("*.ptx"))
     start = time.monotonic()
     try:
         with _as_if_on(target):
@@ -57,7 +58,8 @@ def compile_step(target: AotTarget, workload: Workload, step: Step, dump_dir: Pa
     kernels = None
     if target.platform == "cuda":
         names = set(_TRITON_NAME.findall(text))
-        kernels = find_kernels(dump_dir, names, cuda_dir() / "bin/ptxas", f"jit_{step.name}")
+        texts = sorted(set(dump_dir.rglob("*.ptx")) - earlier)
+        kernels = find_kernels(texts, names, cuda_dir() / "bin/ptxas")
     return StepReport(
         name=step.name,
         compiles=True,

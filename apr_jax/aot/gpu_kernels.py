@@ -42,22 +42,19 @@ class GpuKernel:
     instructions: dict[str, int]
 
 
-def find_kernels(dump_dir: Path, kernel_names: Iterable[str], ptxas: Path, module: str) -> list[GpuKernel]:
-    """The Pallas kernels among the PTX files of a dump, each once however many layers run it.
+def find_kernels(paths: Iterable[Path], kernel_names: Iterable[str], ptxas: Path) -> list[GpuKernel]:
+    """The Pallas kernels among PTX files, each once however many layers run it.
 
     Args:
       kernel_names: of Triton kernels; those of Mosaic GPU lie in files of their own and are all taken.
       ptxas: the assembler.
-      module: what names of XLA's files hold, such as "jit_decode".
 
     Raises:
       RuntimeError: ptxas refuses a kernel.
     """
     names = set(kernel_names)
     texts: dict[str, tuple[str, str]] = {}
-    for path in sorted(dump_dir.rglob("*.ptx")):
-        if path.name.startswith("module_") and f".{module}." not in path.name:
-            continue
+    for path in paths:
         text = path.read_text(errors="replace")
         entry = _ENTRY.search(text)
         if entry is None:
