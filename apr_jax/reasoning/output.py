@@ -35,8 +35,8 @@ class Output:
     """What a request gave.
 
     Attributes:
-      text: the whole answer in the program's published format, joined threads in their places; an
-        end-of-sequence token at the end is left out.
+      text: the whole answer in the program's published format, joined threads in their places; tokens that
+        end a sequence are left out at the end, and at the ends of joined threads.
       answer: what the extractor finds in the text; without one, what the program reads from it.
       token_ids: what the root generated, forced tokens included, without the prompt and its children's
         tokens.
@@ -44,8 +44,8 @@ class Output:
       threads: the root and all its descendants, oldest first.
       degraded: what did not go as the format wants.
       finish_reason: why the root ended: `eos`, `length`, `context`, `pages`, `stop_id`, `stop_string`,
-        `cancelled`; `unclosed`: a thread had no closer, and the format ends there; `stalled`: the program waited
-        for nothing; `error`: the program raised.
+        `cancelled`; `steps`: a search took its last one; `unclosed`: a thread had no closer, and the format ends
+        there; `stalled`: the program waited for nothing; `error`: the program raised.
     """
 
     text: str
@@ -87,6 +87,8 @@ def collect(
     numbers = {thread.id: number for number, thread in enumerate(root.family.threads)}
     text_ids = flatten(root)
     shown = text_ids[:-1] if text_ids and text_ids[-1] in eos_ids else text_ids
+    if root.joins:  # joined threads have their own
+        shown = [token for token in shown if token not in eos_ids]
     text = tokenizer.decode(shown)
     answer = (extract_answer or program.read_answer)(text)
     spans = find_blocks(root, tokenizer, block) if block else []

@@ -97,7 +97,7 @@ def test_candidates_that_are_dropped_free_their_pages_and_the_only_one_left_take
         assert len(run.root.children) == 3 and len(run.root.joins) == 1
         driver.run()
     out = engine.collect(run)
-    assert out.text == texts[1] * 4 and out.finish_reason == "stop_string"
+    assert out.text == texts[1] * 4 and out.finish_reason == "steps"
     assert {thread.parent for thread in out.threads[1:]} == {0}
     assert out.metrics.total_tokens == 4 * 30 and out.metrics.critical_path_tokens == 40
     assert_all_pages_free(engine)
@@ -111,7 +111,7 @@ def test_what_exceeds_a_guard_still_ends_in_text(bound, diverse):
     program = (DiverseVerifierTreeSearch if diverse else BeamSearch)(TOKENIZER, options)
     outs = engine.generate(["P"] * 3, program, sampling=SamplingParams(max_new_tokens=30), guards=Guards(**bound))
     for out in outs:
-        assert out.finish_reason in ("eos", "length", "stop_string")
+        assert out.finish_reason in ("eos", "length", "steps")
         assert out.metrics.total_tokens <= bound.get("max_family_tokens", 1000)
     assert_all_pages_free(engine)
 

@@ -66,7 +66,7 @@ class SkeletonOptions:
     """
 
     outline_prompt: str = "\nSkeleton of the answer, a few words a point:\n1."
-    point: str = r"(?m)^\s*\d+\.\s*(\S.*)$"
+    point: str = r"(?m)^[ \t]*\d+\.[ \t]*(\S.*)$"
     point_prompt: str = "\n\n{number}. {point}: "
 
     def __post_init__(self):

@@ -32,7 +32,7 @@ class Leaf:
     Attributes:
       depth: steps from the prompt.
       order: when it came, for ties. branch: which of the root's first children it descends from.
-      reason: why it stopped.
+      reason: why it stopped; `steps` behind a step.
       complete: it has an end and takes no further step; accepted: it ends the search.
     """
 
@@ -115,10 +115,11 @@ class TreeSearch(Strategy):
             before = search.depths.get(thread.parent.id, 0) if thread.parent is not None else 0
         depth = search.depths[thread.id] = before + 1
         branch = thread.path[0][1] if thread.path else 0
-        leaf = Leaf(thread.id, depth, search.num_leaves, branch, stop.reason)
+        is_step = self._is_step(stop)
+        leaf = Leaf(thread.id, depth, search.num_leaves, branch, "steps" if is_step else stop.reason)
         search.num_leaves += 1
         leaf.accepted = self._is_accepted(thread)
-        leaf.complete = leaf.accepted or depth >= self.options.max_steps or not self._is_step(stop)
+        leaf.complete = leaf.accepted or depth >= self.options.max_steps or not is_step
         search.leaves[thread.id] = leaf
         return Wait()
 
@@ -143,8 +144,11 @@ class TreeSearch(Strategy):
         by_id = {thread.id: thread for thread in family.threads}
         search.leaves = {i: leaf for i, leaf in search.leaves.items() if not by_id[i].is_done}
         if search.asking == "steps":
-            yield from self._take_steps(search, by_id)
-            return
+            search.asking = None
+            proposed = [by_id[i] for i in sorted(search.asked) if by_id[i].status is Status.FORKED]
+            if proposed:  # else their forks were refused
+                yield from self._take_steps(search, proposed)
+                return
         unscored = [leaf for leaf in search.leaves.values() if leaf.score is None]
         if search.asking == "scores":
             self._read_scores(search, by_id)
@@ -213,7 +217,7 @@ class TreeSearch(Strategy):
         search.leaves.pop(thread.id, None)
         return self._expand(search, thread, search.steps.pop(thread.id))
 
-    def _take_steps(self, search: Search, by_id: dict[int, Thread]) -> Iterator[tuple[Thread, Action]]:
+    def _take_steps(self, search: Search, proposed: Sequence[Thread]) -> Iterator[tuple[Thread, Action]]:
         """Steps that helpers have proposed become children."""
         raise AssertionError("no helper was asked")
 
