@@ -21,20 +21,31 @@ class EngineCore(StoppedThreads):
     """
 
     @changes_threads
-    def append(self, thread: Thread, token_ids: Sequence[int] = (), *, sampling: SamplingParams | None = None) -> None:
+    def append(
+        self,
+        thread: Thread,
+        token_ids: Sequence[int] = (),
+        *,
+        sampling: SamplingParams | None = None,
+        drop: int = 0,
+    ) -> None:
         """A stopped thread goes on.
 
         Args:
           token_ids: forced tokens it goes on with; may be empty.
           sampling: new parameters with a budget of their own; None keeps the old ones and what is left of theirs.
+          drop: how many of the thread's last tokens the forced ones replace, all of them behind its last join.
 
         Raises:
-          ValueError: the thread has not stopped.
+          ValueError: the thread has not stopped, or has no so many tokens to drop, or none is forced in their place.
         """
         self._check_status(thread, Status.STOPPED)
         ids = self._checked_ids(token_ids)
         if sampling is not None:
             self.check_sampling(sampling)
+        self._check_drop(thread, drop)
+        check(not drop or (bool(ids) and not thread.marks), "tokens are dropped only where others are forced instead")
+        self._take_back(thread, drop)
         if thread.marks and ids:
             self._settle_mark(thread)
         if not ids and not thread.pending:
@@ -83,8 +94,7 @@ class EngineCore(StoppedThreads):
         needed = self.scheduler.family_pages(thread.family) + len(lists)  # a page a child, at least
         if needed > bound:
             raise OutOfPages(needed, bound, "the family's bound")
-        own = len(thread.token_ids) - (thread.joins[-1].at if thread.joins else 0)
-        check(0 <= drop <= own, f"{drop} tokens to drop, the thread has {own} behind its last join")
+        self._check_drop(thread, drop)
         check(not drop or (all(lists) and not carry), "children of a fork that drops tokens need forced ones")
         carried: list[int] = []
         if all(lists) and not carry:
@@ -209,6 +219,8 @@ class EngineCore(StoppedThreads):
             if not children[0].pending:
                 self._unfeed_last(children[0])
             handed, children[0].pending = children[0].pending, []
+        elif mode == "select" and not ids and not thread.pending and not thread.carried and thread.context.tail_len:
+            self._unfeed_last(thread)  # behind a spawn
         elif mode == "prefill":
             self._flush(children[:1])
         elif mode != "splice":

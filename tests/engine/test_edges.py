@@ -20,12 +20,18 @@ def test_select_hands_on_what_a_child_never_fed():
     assert_clean(engine)
 
 
+@pytest.mark.parametrize("stop_ids", [(), (98,)])
 @pytest.mark.parametrize("said_more", [False, True])
-def test_a_fork_taken_back_leaves_the_thread_where_it_was(said_more):
+@pytest.mark.parametrize("spawns", [False, True])
+def test_a_fork_taken_back_leaves_the_thread_where_it_was(stop_ids, said_more, spawns):
     engine = make_engine()
-    root = stopped_root(engine)
+    root = engine.submit([1, 2, 3], sampling=SamplingParams(max_new_tokens=4, stop_ids=stop_ids, ignore_eos=True))
+    engine.run()
     said = held(root)
-    children = engine.fork(root, [[5, 6], [7]], sampling=up_to(3), carry=True)
+    if spawns:
+        children = engine.spawn(root, [[5, 6], [7]], sampling=up_to(3))
+    else:
+        children = engine.fork(root, [[5, 6], [7]], sampling=up_to(3), carry=True)
     if said_more:
         engine.run()
     engine.join(root, [], mode="select", sampling=up_to(0))
