@@ -30,7 +30,7 @@ class TokenEvent(Event):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RewindEvent(Event):
-    """A thread lost its last tokens again: its fork took them back, or it was cancelled by a decision before them."""
+    """A thread lost its last tokens again: what comes next took them back, or a decision before them cancelled it."""
 
     num_tokens: int
 

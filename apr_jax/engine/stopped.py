@@ -39,6 +39,10 @@ class StoppedThreads(Loop):
         if ids and thread.status is not Status.WAITING:
             self._emit_forced(thread, ids)
 
+    def _check_drop(self, thread: Thread, drop: int) -> None:
+        own = len(thread.token_ids) - (thread.joins[-1].at if thread.joins else 0)
+        check(0 <= drop <= own, f"{drop} tokens to drop, the thread has {own} behind its last join")
+
     def _take_back(self, thread: Thread, count: int) -> list[int]:
         """A stopped thread loses its last tokens, their keys too; they count as overshoot. Returns them.
 

@@ -50,7 +50,7 @@ class Answers:
         self._note(run, thread, action)
         match action:
             case Append():
-                self._append(run, thread, action.tokens, action.sampling)
+                self._append(run, thread, action.tokens, action.sampling, action.drop)
             case Mark():
                 self._mark(run, thread, action)
             case Fork():
@@ -86,8 +86,10 @@ class Answers:
             run.starved.discard(thread.id)
         return dataclasses.replace(sampling or thread.sampling, max_new_tokens=granted)
 
-    def _append(self, run: Run, thread: Thread, tokens: Sequence[int], sampling: SamplingParams | None) -> None:
-        self.core.append(thread, tokens, sampling=self._granted(run, thread, tokens, sampling))
+    def _append(
+        self, run: Run, thread: Thread, tokens: Sequence[int], sampling: SamplingParams | None, drop: int = 0
+    ) -> None:
+        self.core.append(thread, tokens, sampling=self._granted(run, thread, tokens, sampling), drop=drop)
 
     def _mark(self, run: Run, thread: Thread, action: Mark) -> None:
         self.core.mark(thread)

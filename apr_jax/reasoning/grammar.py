@@ -63,7 +63,8 @@ class GrammarProgram(Program):
             return Finish(stop.reason)
         closing = dataclasses.replace(thread.sampling, max_new_tokens=0)
         reason = f"ended without {grammar.closer} ({stop.reason})"
-        return Append(self._closer, closing, degraded=(*self._unread_triggers(thread), reason))
+        drop = 1 if stop.reason == "eos" else 0  # the closer stands in place of the end of sequence
+        return Append(self._closer, closing, drop, degraded=(*self._unread_triggers(thread), reason))
 
     def on_child(self, parent: Thread, ended: Sequence[Thread], running: Sequence[Thread]) -> Join | Wait | Finish:
         if running:

@@ -73,10 +73,14 @@ class Action:
 class Append(Action):
     """The thread goes on with these forced tokens (may be none); `sampling` None keeps parameters and
     budget.
+
+    Attributes:
+      drop: tokens at the thread's end that these replace.
     """
 
     tokens: Sequence[int] = ()
     sampling: SamplingParams | None = None
+    drop: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -83,3 +83,20 @@ def test_a_refused_fork_drops_nothing():
         engine.fork(root, [[1], [2]], sampling=SamplingParams(max_new_tokens=1), drop=2)
     assert root.token_ids == [1, 2, 3, 4, 5, 6] and held(root) == PROMPT + root.token_ids
     assert root.family.counters.overshoot_tokens == 0
+
+
+@pytest.mark.parametrize("max_tail_pages", [1, 32])
+@pytest.mark.parametrize("drop", [1, 7])
+def test_forced_tokens_may_replace_the_last_ones(drop, max_tail_pages):
+    engine = engine_that_counts(max_tail_pages)
+    root = submit(engine, 12)
+    engine.append(root, [60, 61], sampling=SamplingParams(max_new_tokens=2), drop=drop)
+    engine.run()
+    kept = 12 - drop
+    assert root.token_ids == [*range(1, kept + 1), 60, 61, kept + 3, kept + 4]
+    assert root.sampled == [True] * kept + [False] * 2 + [True] * 2
+    assert held(root) == PROMPT + root.token_ids
+    with pytest.raises(ValueError, match="tokens are dropped only where others are forced instead"):
+        engine.append(root, drop=1)
+    with pytest.raises(ValueError, match="99 tokens to drop"):
+        engine.append(root, [1], drop=99)

@@ -69,3 +69,12 @@ def test_a_block_inside_a_path_is_text():
     out = run({"": "<Parallel>end", "0.0": "a<Parallel>b</Path>", "0.1": "y</Path>"})
     assert out.text == "<Parallel><Path>a<Parallel>b</Path><Path>y</Path></Parallel>\n<Summary>end"
     assert out.degraded == ["thread 1: <Parallel> inside a thread is text: parallel_r1 does not nest"]
+
+
+def test_a_closer_stands_in_place_of_an_end_of_sequence():
+    out = run({"": "<Parallel>end", "0.0": "cut short", "0.1": "y</Path>"})
+    assert out.text == "<Parallel><Path>cut short</Path><Path>y</Path></Parallel>\n<Summary>end"
+    assert out.threads[1].token_ids == ONE.encode("<Path>cut short</Path>")
+    assert ONE.eos_ids[0] not in out.text_ids[:-1]
+    assert out.degraded == ["thread 1: ended without </Path> (eos)"]
+    assert out.metrics.overshoot_tokens == 1
