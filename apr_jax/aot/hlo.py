@@ -16,6 +16,9 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
+from apr_jax.aot.hlo_text import ARRAY, Instruction, dims, num_bytes, parse_instruction
+
+_HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _MOVES = frozenset((
     "copy", "copy-start", "transpose", "slice", "dynamic-slice", "concatenate", "pad", "reverse", "reshape", "convert",
     "all-gather", "all-gather-start",
@@ -30,31 +33,7 @@ _IN_FUSION = _MOVES | _VIEWS | {"constant", "tuple"}
 _COLLECTIVES = (
     "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast",
 )  # fmt: skip
-_ITEM_BITS = {"pred": 8, "bf16": 16, "f8e4m3fn": 8, "f8e5m2": 8, "f8e4m3": 8}
 _MIN_WEIGHT_BYTES = 2**16  # norms and biases are copied about freely
-
-_HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
-_LINE = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = (.*)$")
-_ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?")
-_CALLED = re.compile(r"\b(?:calls|to_apply|body|condition|branch_computations|true_computation|false_computation)=")
-
-
-@dataclasses.dataclass(frozen=True)
-class Instruction:
-    """One line of HLO.
-
-    Attributes:
-      shape: as printed; a tuple's begins with a parenthesis.
-      called: computations named by it, in order.
-    """
-
-    name: str
-    shape: str
-    opcode: str
-    operands: tuple[str, ...]
-    attributes: str
-    called: tuple[str, ...]
-    is_root: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +72,7 @@ class Program:
             elif line.startswith("}"):
                 current = None
             else:
-                instruction = _parse(line)
+                instruction = parse_instruction(line)
                 if instruction is not None:
                     current[instruction.name] = instruction
         self._callers: dict[str, list[tuple[str, Instruction]]] = {}
@@ -114,10 +93,10 @@ class Program:
 
     def copied_weights(self) -> list[Copy]:
         """Copies of arguments whose name begins with "params"."""
-        sizes = {i.name: _bytes(i.shape) for i in self.computations.get(self.entry, {}).values() if _is_param(i)}
+        sizes = {i.name: num_bytes(i.shape) for i in self.computations.get(self.entry, {}).values() if _is_param(i)}
         found = []
         for computation, move in self._moves():
-            size = max(_bytes(part) for part in _destinations(move))
+            size = max(num_bytes(part) for part in _destinations(move))
             if size < _MIN_WEIGHT_BYTES or all(_is_on_chip(part) for part in _destinations(move)):
                 continue
             for source in sorted(self._sources_of_operands(computation, move)):
@@ -138,9 +117,9 @@ class Program:
             if self._keeps_in_place(instruction):
                 continue
             for part in _destinations(instruction):
-                if tuple(sorted(_dims(part))) in wanted:
+                if tuple(sorted(dims(part))) in wanted:
                     where = self._in_loop(computation), _is_on_chip(part)
-                    found.append(Copy("pages", instruction.name, _bytes(part), *where))
+                    found.append(Copy("pages", instruction.name, num_bytes(part), *where))
         return found
 
     def _keeps_in_place(self, instruction: Instruction) -> bool:
@@ -239,43 +218,6 @@ class Program:
         return False
 
 
-def _parse(line: str) -> Instruction | None:
-    match = _LINE.match(line)
-    if match is None:
-        return None
-    shape, rest = _split_shape(match[3])
-    opcode, _, rest = rest.partition("(")
-    end = _closing(rest)
-    inside, attributes = rest[:end], rest[end + 1 :]
-    operands = re.findall(r"%([\w.\-]+)", inside) if "%" in inside else re.findall(r"[A-Za-z_][\w.\-]*", inside)
-    called: list[str] = []
-    for found in _CALLED.finditer(attributes):
-        value = attributes[found.end() :]
-        value = value[1 : value.index("}")] if value.startswith("{") else re.split(r"[,\s]", value, maxsplit=1)[0]
-        called += [name.strip().lstrip("%") for name in value.split(",")]
-    if opcode == "parameter":
-        operands, attributes = [], f"({inside})" + attributes
-    return Instruction(match[2], shape, opcode.strip(), tuple(operands), attributes, tuple(called), bool(match[1]))
-
-
-def _split_shape(text: str) -> tuple[str, str]:
-    if not text.startswith("("):
-        shape, _, rest = text.partition(" ")
-        return shape, rest
-    end = _closing(text[1:]) + 2
-    return text[:end], text[end:].lstrip()
-
-
-def _closing(text: str) -> int:
-    """Where the parenthesis that is open at the start of the text closes."""
-    depth = 1
-    for at, character in enumerate(text):
-        depth += (character == "(") - (character == ")")
-        if depth == 0:
-            return at
-    return len(text)
-
-
 def _attribute(instruction: Instruction, name: str) -> str | None:
     found = re.search(rf"\b{name}=([\w.\-]+)", instruction.attributes)
     return found[1] if found else None
@@ -293,7 +235,7 @@ def _argument_name(parameter: Instruction) -> str:
 
 def _destinations(move: Instruction) -> list[str]:
     """The arrays that a move writes: one of (destination, source, ...), or of all-gather's (source, destination)."""
-    arrays = [match[0] for match in _ARRAY.finditer(move.shape)]
+    arrays = [match[0] for match in ARRAY.finditer(move.shape)]
     if move.opcode == "all-gather-start":
         return arrays[1:2]
     return arrays[:1] if move.opcode == "copy-start" else arrays or ["u8[]"]
@@ -301,25 +243,3 @@ def _destinations(move: Instruction) -> list[str]:
 
 def _is_on_chip(array: str) -> bool:
     return re.search(r"S\([1-4]\)", array) is not None
-
-
-def _dims(array: str) -> tuple[int, ...]:
-    match = _ARRAY.match(array)
-    return tuple(int(size) for size in match[2].split(",") if size) if match else ()
-
-
-def _product(sizes: Iterable[int]) -> int:
-    total = 1
-    for size in sizes:
-        total *= size
-    return total
-
-
-def _bytes(shape: str) -> int:
-    """Bytes of all arrays of a shape, without what the layout pads."""
-    total = 0
-    for kind, dims, _ in _ARRAY.findall(shape):
-        digits = re.search(r"\d+$", kind)
-        bits = _ITEM_BITS.get(kind) or (int(digits[0]) if digits else 0)
-        total += _product(int(size) for size in dims.split(",") if size) * bits // 8
-    return total
