@@ -9,7 +9,7 @@ from apr_jax.engine import events
 from apr_jax.engine.thread import Status
 from apr_jax.reasoning.deciding import All, Deadline, Deciding, Quorum, first
 from apr_jax.reasoning.driver import Driver
-from apr_jax.reasoning.program import Finish, Fork, Guards, Join, Program, Request, Wait
+from apr_jax.reasoning.program import Cancel, Finish, Fork, Guards, Join, Program, Request, Wait
 from apr_jax.testing import byte_tokenizer
 from apr_jax.types import SamplingParams
 
@@ -173,6 +173,46 @@ def test_a_nested_grammar_decides_the_same_whatever_the_load(when, lengths, load
         return out.text, threads, metrics.total_tokens, metrics.critical_path_tokens, out.degraded
 
     assert outcome(**load | {"num_pages": max(load["num_pages"], 256)}) == outcome(steps_per_dispatch=1)
+
+
+class Idle(Samples):
+    """Waits for nothing, but says what a test wants where nothing runs."""
+
+    def __init__(self, act):
+        super().__init__(2)
+        self.act = act
+
+    def on_stop(self, thread, stop):
+        return Finish(stop.reason) if thread.parent is None else Wait()
+
+    def on_child(self, parent, ended, running):
+        return Join(ended, "stitch", [33])
+
+    def on_idle(self, threads):
+        return self.act(threads)
+
+
+def test_a_program_is_asked_where_all_its_threads_wait():
+    asked = []
+
+    def act(threads):
+        asked.append([len(thread.token_ids) for thread in threads])
+        yield threads[0].parent, Cancel([threads[0]])
+        yield threads[0], Wait()  # is gone
+        yield threads[1], Finish("chosen")
+
+    engine = samples_engine([3, 9], steps_per_dispatch=2)
+    out = engine.generate([1, 2], Idle(act), sampling=LONG)
+    assert asked == [[3, 9]] and out.text == "b" * 8 + "!"
+    assert [thread.status for thread in out.threads] == ["finished", "cancelled", "finished"]
+    assert_all_pages_free(engine)
+
+
+def test_a_program_that_goes_round_in_circles_stalls():
+    engine = samples_engine([3, 9])
+    out = engine.generate([1, 2], Idle(lambda threads: [(threads[0], Wait())]), sampling=LONG)
+    assert out.finish_reason == "stalled" and out.degraded == ["thread 0: the program waits for nothing"]
+    assert_all_pages_free(engine)
 
 
 def test_bounds_are_checked():
