@@ -5,11 +5,16 @@ decode the same N rows with transformers on the CPU (float32, sdpa, the better o
 batched `generate`, and one row after another. Decode steps only: prompts and first tokens are timed apart and taken
 off. Ours and theirs take turns, medians are reported. The last line is one JSON object.
 
+Case `self_consistency_nN_promptP` votes among N samples of one prompt of P tokens, against the same N requests in one
+batch with the prefix cache off: wall clock from the prompt to the last token.
+
 Examples:
   python scripts/benchmark.py
+  python scripts/benchmark.py --cases=self_consistency_n16_prompt512,self_consistency_n16_prompt2048 --num_tokens=64
   python scripts/benchmark.py --cases=decode_threads8_prefix512 --num_tokens=64 --repeats=5 --output_json=out.json
 """
 
+import dataclasses
 import json
 import platform
 import re
@@ -34,13 +39,17 @@ from apr_jax import Engine, SamplingParams
 from apr_jax.config import check
 from apr_jax.models.checkpoint import load_decoder
 from apr_jax.models.hf import export_hf
+from apr_jax.reasoning.programs import make_program
+from apr_jax.reasoning.strategies.options import StrategyOptions
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "countdown", "A preset's name or a checkpoint directory.")
 _CASES = flags.DEFINE_list(
     "cases",
     [f"decode_threads{n}_prefix512" for n in (1, 8, 32)],
-    "Names of the form decode_threads{N}_prefix{P}.",
+    "Names of the form decode_threads{N}_prefix{P} or self_consistency_n{N}_prompt{P}.",
 )
+_DECODE = r"decode_threads(\d+)_prefix(\d+)"
+_VOTE = r"self_consistency_n(\d+)_prompt(\d+)"
 _NUM_TOKENS = flags.DEFINE_integer("num_tokens", 128, "Tokens that each thread decodes.")
 _REPEATS = flags.DEFINE_integer("repeats", 3, "Timed runs of each; medians are reported.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of the random prompt.")
@@ -52,12 +61,14 @@ flags.adopt_module_key_flags(loading)
 def main() -> None:
     check(_NUM_TOKENS.value >= 2, f"--num_tokens={_NUM_TOKENS.value}, must be >= 2")
     check(_REPEATS.value >= 1, f"--repeats={_REPEATS.value}, must be >= 1")
-    cases = [_parse_case(name) for name in _CASES.value]
+    votes = [_parse_case(name, _VOTE) for name in _CASES.value if re.fullmatch(_VOTE, name)]
+    cases = [_parse_case(name, _DECODE) for name in _CASES.value if not re.fullmatch(_VOTE, name)]
     output_path = check_output_path(_OUTPUT_JSON.value) if _OUTPUT_JSON.value else None
-    engine = load_engine(_CHECKPOINT.value, max_threads=max(n for n, _ in cases))
-    baseline = _load_baseline(_CHECKPOINT.value)
+    engine = load_engine(_CHECKPOINT.value, max_threads=max((n for n, _ in cases + votes), default=1))
+    baseline = _load_baseline(_CHECKPOINT.value) if cases else None
     with cli.profile():
         results = [_run_case(engine, baseline, n, prefix) for n, prefix in cases]
+        results += [_run_vote(engine, n, prompt_len) for n, prompt_len in votes]
     _show(results)
     summary = {
         "cases": results,
@@ -76,10 +87,11 @@ def main() -> None:
     print(json.dumps(summary))
 
 
-def _parse_case(name: str) -> tuple[int, int]:
-    found = re.fullmatch(r"decode_threads(\d+)_prefix(\d+)", name)
+def _parse_case(name: str, pattern: str) -> tuple[int, int]:
+    found = re.fullmatch(pattern, name)
     if not found:
-        raise ValueError(f"--cases has {name!r}, must be like decode_threads8_prefix512")
+        like = "decode_threads8_prefix512 or self_consistency_n16_prompt512"
+        raise ValueError(f"--cases has {name!r}, must be like {like}")
     num_threads, prefix_len = int(found[1]), int(found[2])
     check(num_threads >= 1 and prefix_len >= 1, f"--cases has {name!r}: both numbers must be >= 1")
     return num_threads, prefix_len
@@ -209,10 +221,59 @@ def _run_case(engine: Engine, baseline: _Transformers | None, num_threads: int, 
     return result
 
 
+def _run_vote(loaded: Engine, num_samples: int, prompt_len: int) -> dict[str, Any]:
+    """A vote whose samples share their prompt, against requests that share nothing. Both have the same pages."""
+    num_tokens = _NUM_TOKENS.value
+    length = prompt_len + num_tokens
+    config = dataclasses.replace(loaded.model_config, max_position=max(length, loaded.model_config.max_position))
+    decoder = load_decoder(_CHECKPOINT.value, dtype=loaded.config.dtype)
+    pages = num_samples * (-(-length // loaded.cache.page_size) + 2) + 2
+
+    def make(prefix_cache: bool) -> Engine:
+        cache = dataclasses.replace(loaded.cache.config, num_pages=pages, prefix_cache=prefix_cache)
+        return Engine(config, decoder, loaded.tokenizer, cache_config=cache, engine_config=loaded.config)
+
+    program = make_program("self_consistency", loaded.tokenizer, options=StrategyOptions(num_samples=num_samples))
+    sampling = SamplingParams(max_new_tokens=num_tokens, temperature=1.0, ignore_eos=True)
+    prompt = np.random.default_rng(_SEED.value).integers(0, config.vocab_size, prompt_len).tolist()
+    engines = {"ours": make(True), "theirs": make(False)}
+
+    def run(name: str) -> float:
+        engine = engines[name]
+        engine.cache.flush_prefix_cache()
+        started = time.perf_counter()
+        if name == "ours":
+            engine.generate(prompt, program, sampling=sampling)
+        else:
+            engine.generate(prompt, sampling=sampling, num_samples=num_samples)
+        return time.perf_counter() - started
+
+    for name in engines:
+        run(name)  # compiles
+    timed: dict[str, list[float]] = {name: [] for name in engines}
+    for _ in range(_REPEATS.value):
+        for name, seconds in timed.items():
+            seconds.append(run(name))
+    ours, theirs = (statistics.median(timed[name]) for name in engines)
+    count = num_samples * num_tokens
+    return {
+        "name": f"self_consistency_n{num_samples}_prompt{prompt_len}",
+        "tokens_per_s": count / ours,
+        "baseline": "the same requests in one batch, prefix cache off",
+        "baseline_tokens_per_s": count / theirs,
+        "ratio": theirs / ours,
+        "wall_s": ours,
+        "baseline_wall_s": theirs,
+        "wall_ratio": ours / theirs,
+        "prefill_tokens": engines["ours"].stats.prefill_tokens // (_REPEATS.value + 1),
+        "baseline_prefill_tokens": engines["theirs"].stats.prefill_tokens // (_REPEATS.value + 1),
+    }
+
+
 def _show(results: list[dict[str, Any]]) -> None:
-    table = Table(title="decode throughput, tokens/s")
-    for column in ("case", "apr_jax", "batched generate", "ratio", "one by one", "ratio", "equal tokens"):
-        table.add_column(column, justify="left" if column == "case" else "right")
+    table = Table(title="throughput, tokens/s")
+    for column in ("case", "apr_jax", "baseline", "ratio", "one by one", "ratio", "equal tokens"):
+        table.add_column(column, justify="left" if column == "case" else "right", overflow="fold")
     for result in results:
         numbers = [result["tokens_per_s"], result["baseline_tokens_per_s"], result["ratio"]]
         numbers += [result.get(key) for key in ("one_by_one_tokens_per_s", "one_by_one_ratio", "equal_tokens")]
