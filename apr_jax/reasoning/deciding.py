@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol
 
 from apr_jax.config import check
+from apr_jax.engine.joining import flatten
 from apr_jax.engine.thread import Stop, Thread
 from apr_jax.reasoning.metrics import critical_path
 from apr_jax.reasoning.program import (
@@ -26,6 +27,7 @@ from apr_jax.reasoning.program import (
     Request,
     Wait,
 )
+from apr_jax.tokenizers import Tokenizer
 
 Accept = Callable[[Thread], bool]
 
@@ -103,6 +105,17 @@ class Deadline:
         if in_time:
             return Decision(in_time, self.tokens)
         return first().decide(ended, running)
+
+
+def by_text(tokenizer: Tokenizer, accept: Callable[[str, str], bool]) -> Accept:
+    """Accepts a child by (the request's prompt, what the child has said, joined threads in their places)."""
+
+    def accept_child(child: Thread) -> bool:
+        ids = flatten(child)
+        text = tokenizer.decode(ids[:-1] if ids and ids[-1] in tokenizer.eos_ids else ids)
+        return accept(tokenizer.decode(child.family.root.prompt_ids), text)
+
+    return accept_child
 
 
 def rank(child: Thread) -> tuple[int, int]:

@@ -7,9 +7,10 @@ from transcripts import Transcripts, assert_all_pages_free, scripted_engine
 
 from apr_jax.engine import events
 from apr_jax.engine.thread import Status
-from apr_jax.reasoning.deciding import All, Deadline, Deciding, Quorum, first
+from apr_jax.reasoning.deciding import All, Deadline, Deciding, Quorum, by_text, first
 from apr_jax.reasoning.driver import Driver
 from apr_jax.reasoning.program import Cancel, Finish, Fork, Guards, Join, Program, Request, Wait
+from apr_jax.reasoning.programs import make_program
 from apr_jax.testing import byte_tokenizer
 from apr_jax.types import SamplingParams
 
@@ -140,6 +141,24 @@ def test_arrival_joins_whoever_is_seen_first_and_cuts_nobody():
     assert out.text == "a" * 29 + "!" and [len(t.token_ids) for t in out.threads[1:]] == [30, 0, 0]
     ranked = samples_engine([30, 9, 12], steps_per_dispatch=4, max_threads=1)
     assert ranked.generate([1, 2], Deciding(Samples(3), first()), sampling=LONG).text == "b" * 8 + "!"
+    assert_all_pages_free(engine)
+
+
+def test_children_of_a_grammar_are_accepted_by_what_they_say():
+    tokenizer = byte_tokenizer()
+    texts = {"": f"{PLAN} end", "0.0": "no</Path>", "0.1": "so slow a yes</Path>", "0.2": "slow, and no</Path>"}
+    engine = scripted_engine(Transcripts(tokenizer, texts), tokenizer)
+    asked = []
+
+    def accept(prompt, text):
+        asked.append((prompt, text))
+        return "yes" in text
+
+    program = make_program("multiverse", tokenizer, when=first(by_text(tokenizer, accept)))
+    out = engine.generate("P", program, sampling=LONG)
+    assert out.text == f"{PLAN}<Path>2:so slow a yes</Path><Conclusion> end"
+    assert ("P", "<Path>1:no</Path>") in asked
+    assert [thread.status for thread in out.threads[1:]] == ["cancelled", "finished", "cancelled"]
     assert_all_pages_free(engine)
 
 
