@@ -17,10 +17,12 @@ from typing import Any
 
 import cli
 import loading
+import program_flags
 import sampling_flags
 from absl import flags
 from json_output import check_output_path, write_json
 from loading import load_engine
+from program_flags import PROGRAM_HELP, check_program, chosen_program
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -32,7 +34,7 @@ from apr_jax.reasoning.driver import Driver, Run
 from apr_jax.reasoning.metrics import mean_metrics
 from apr_jax.reasoning.output import Output
 from apr_jax.reasoning.program import Request
-from apr_jax.reasoning.programs import PROGRAM_NAMES
+from apr_jax.reasoning.strategies.options import StrategyOptions
 from apr_jax.tasks.countdown_task import HELD_OUT_SEED, TASKS
 from apr_jax.tasks.task import Task
 
@@ -40,21 +42,24 @@ _TASK = flags.DEFINE_enum("task", "countdown", sorted(TASKS), "What is asked.")
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", "countdown", "A preset's name, a checkpoint directory or a Hugging Face directory."
 )
-_PROGRAM = flags.DEFINE_list("program", ["sequential", "multiverse"], f"Any of {', '.join(PROGRAM_NAMES)}.")
+_PROGRAM = flags.DEFINE_list("program", ["sequential", "multiverse"], f"Any of {PROGRAM_HELP}.")
+_NUM_SAMPLES = flags.DEFINE_integer("num_samples", StrategyOptions.num_samples, "Samples of a strategy.")
 _NUM_PROBLEMS = flags.DEFINE_integer("num_problems", 100, "Problems a program.")
 _SEED = flags.DEFINE_integer("seed", HELD_OUT_SEED, "Of the problems and of sampling.")
 _MAX_THREADS = flags.DEFINE_integer("max_threads", 32, "Threads that run side by side.")
 flags.adopt_module_key_flags(sampling_flags)
 flags.adopt_module_key_flags(loading)
+flags.adopt_module_key_flags(program_flags)
 _OUTPUT_JSON = flags.DEFINE_string("output_json", None, "Write the results into this file.")
 
 
 def main() -> None:
     sampling = sampling_params(_SEED.value)
     names = list(dict.fromkeys(_PROGRAM.value))
-    check(bool(names), f"--program is empty, name some of {', '.join(PROGRAM_NAMES)}")
+    check(bool(names), f"--program is empty, name some of {PROGRAM_HELP}")
     for name in names:
-        check(name in PROGRAM_NAMES, f"--program={name} is not one of {', '.join(PROGRAM_NAMES)}")
+        check_program(name)
+    check(_NUM_SAMPLES.value >= 1, f"--num_samples={_NUM_SAMPLES.value}, must be >= 1")
     check(_NUM_PROBLEMS.value >= 1, f"--num_problems={_NUM_PROBLEMS.value}, must be >= 1")
     check(_SEED.value >= 0, f"--seed={_SEED.value}, must be >= 0")
     output_path = check_output_path(_OUTPUT_JSON.value) if _OUTPUT_JSON.value else None
@@ -87,7 +92,7 @@ def _evaluate(
     on_done: Callable[[], None],
 ) -> dict[str, float]:
     """Runs all problems under one program; as many side by side as the engine has slots."""
-    program = engine.make_program(program_name)
+    program = chosen_program(engine, program_name, task, _NUM_SAMPLES.value)
     started_s = time.perf_counter()
     outputs: list[Output | None] = [None] * len(problems)
     waiting = iter(range(len(problems)))

@@ -15,10 +15,12 @@ from typing import Any
 
 import cli
 import loading
+import program_flags
 import sampling_flags
 from absl import flags
 from json_output import check_output_path, write_json
 from loading import load_engine
+from program_flags import PROGRAM_HELP, check_program, chosen_program
 from rich.console import Console
 from rich.table import Table
 from sampling_flags import sampling_params
@@ -30,7 +32,8 @@ from apr_jax.models.checkpoint import checkpoint_directory
 from apr_jax.reasoning.driver import Driver
 from apr_jax.reasoning.output import Output
 from apr_jax.reasoning.program import Request
-from apr_jax.reasoning.programs import PROGRAM_NAMES
+from apr_jax.reasoning.programs import STRATEGIES
+from apr_jax.reasoning.strategies.options import StrategyOptions
 from apr_jax.tasks.countdown_task import TASKS
 from apr_jax.tasks.task import Task, Verdict
 
@@ -40,24 +43,28 @@ _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", "countdown", "A preset's name, a checkpoint directory or a Hugging Face directory."
 )
 _PROMPT = flags.DEFINE_string("prompt", None, "The prompt; by default the preset's built-in problem.")
-_PROGRAM = flags.DEFINE_enum("program", "multiverse", PROGRAM_NAMES, "What decides when to fork and join.")
-_NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "Answers, with seeds --seed, --seed + 1, ...")
+_PROGRAM = flags.DEFINE_string("program", "multiverse", f"What decides when to fork and join: {PROGRAM_HELP}.")
+_NUM_SAMPLES = flags.DEFINE_integer(
+    "num_samples", None, "Answers, with seeds --seed, --seed + 1, ... (by default 1); of a strategy, its samples (8)."
+)
 _SEED = flags.DEFINE_integer("seed", 0, "Of the first sample.")
 flags.adopt_module_key_flags(sampling_flags)
 flags.adopt_module_key_flags(loading)
+flags.adopt_module_key_flags(program_flags)
 _OUTPUT_JSON = flags.DEFINE_string("output_json", None, "Write the result into this file.")
 
 
 def main() -> None:
     sampling = sampling_params(_SEED.value)
-    check(_NUM_SAMPLES.value >= 1, f"--num_samples={_NUM_SAMPLES.value}, must be >= 1")
+    check_program(_PROGRAM.value)
+    check(_NUM_SAMPLES.value is None or _NUM_SAMPLES.value >= 1, f"--num_samples={_NUM_SAMPLES.value}, must be >= 1")
     checkpoint_directory(Path(_CHECKPOINT.value).expanduser())  # refused before anything else is asked for
     task = TASKS.get(Path(_CHECKPOINT.value).name)
     prompt = _read_prompt(task)
     output_path = check_output_path(_OUTPUT_JSON.value) if _OUTPUT_JSON.value else None
     engine = load_engine(_CHECKPOINT.value)
     with cli.profile():
-        outputs, error = _generate(engine, prompt, sampling)
+        outputs, error = _generate(engine, task, prompt, sampling)
     problem = task.problem_of(prompt) if task is not None else None
     verdicts = [
         task.check(problem, output.text) if task is not None and problem is not None else None for output in outputs
@@ -87,11 +94,16 @@ def _read_prompt(task: Task | None) -> str:
     return task.prompt(problem, _PROGRAM.value) if task is not None and problem is not None and bare else prompt
 
 
-def _generate(engine: Engine, prompt: str, sampling: SamplingParams) -> tuple[list[Output], Exception | None]:
+def _generate(
+    engine: Engine, task: Task | None, prompt: str, sampling: SamplingParams
+) -> tuple[list[Output], Exception | None]:
     """Runs all samples side by side and shows them; the first error of one, if any."""
     view = ThreadView(engine.tokenizer)
     engine.listeners.append(view)
-    program, token_ids = engine.make_program(_PROGRAM.value), engine.encode_prompt(prompt)
+    is_strategy = _PROGRAM.value in STRATEGIES
+    program = chosen_program(engine, _PROGRAM.value, task, _NUM_SAMPLES.value or StrategyOptions.num_samples)
+    num_answers = 1 if is_strategy else _NUM_SAMPLES.value or 1
+    token_ids = engine.encode_prompt(prompt)
     console = Console()
     console.print(f"prompt: {prompt}", markup=False, highlight=False, soft_wrap=True)
     with Driver(engine) as driver:
@@ -100,7 +112,7 @@ def _generate(engine: Engine, prompt: str, sampling: SamplingParams) -> tuple[li
                 Request(token_ids=token_ids, sampling=dataclasses.replace(sampling, seed=sampling.seed + i)),
                 program,
             )
-            for i in range(_NUM_SAMPLES.value)
+            for i in range(num_answers)
         ]
         if console.is_terminal:
             with LiveView(view, console) as live:

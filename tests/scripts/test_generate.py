@@ -82,7 +82,7 @@ def test_samples_differ_and_are_reproducible(tmp_path, countdown):
     [
         (("--prompt=",), "--prompt='' is empty: at least 1 token is needed"),
         (("--prompt=" + "x" * 128,), "the prompt has 129 tokens, the context window is 128"),
-        (("--prompt=x", "--program=mutliverse"), "flag --program=mutliverse: value should be one of"),
+        (("--prompt=x", "--program=mutliverse"), "--program=mutliverse is not one of"),
         (("--prompt=x", "--temperature=-0.5"), "temperature is -0.5, must be >= 0"),
         (("--prompt=x", "--max_new_tokens=0"), "--max_new_tokens=0, must be >= 1"),
         (("--prompt=x", "--top_p=0"), "top_p is 0.0, must be in (0, 1]"),
