@@ -20,6 +20,7 @@ from apr_jax.config import EngineConfig
 from apr_jax.engine.attend import Kernels, make_attend
 from apr_jax.engine.batch import PADDING_ID, DecodeBatch
 from apr_jax.engine.sampler import SamplingState, sample
+from apr_jax.models.sharding import TENSOR
 
 _INTS = ("num_forced", "position", "capacity", "budget", "num_sampled", "top_k", "wants_logprobs")
 _FLOATS = ("temperature", "top_p", "min_p", "repetition_penalty")
@@ -130,7 +131,11 @@ class Steps:
             )
             logits = decoder.logits(hidden[:, 0])
             if self.kernels.mesh is not None:  # every device samples the same
-                logits = lax.with_sharding_constraint(logits, NamedSharding(self.kernels.mesh, PartitionSpec()))
+                mesh = self.kernels.mesh
+                if self.vocab_size % mesh.shape[TENSOR] == 0:  # or XLA gathers the head's weights, not the logits
+                    split = NamedSharding(mesh, PartitionSpec(None, TENSOR))
+                    logits = lax.with_sharding_constraint(logits, split)
+                logits = lax.with_sharding_constraint(logits, NamedSharding(mesh, PartitionSpec()))
             with jax.named_scope("sample"):
                 sampled, logprobs = sample(logits, sampling, loop.num_sampled, loop.seen)
             num_fed = loop.num_fed + num_queries

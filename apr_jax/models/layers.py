@@ -69,9 +69,11 @@ class Attention(nnx.Module):
     def __call__(self, x: jax.Array, table, cache, attend):
         """Maps x: [T, D] to (y: [T, D], cache)."""
         num_tokens = x.shape[0]
-        q = self.q(x).reshape(num_tokens, self.num_heads, self.head_dim)
-        k = self.k(x).reshape(num_tokens, self.num_kv_heads, self.head_dim)
-        v = self.v(x).reshape(num_tokens, self.num_kv_heads, self.head_dim)
+        # Behind a barrier, or XLA's TPU compiler draws the split into heads into the products and copies their weights.
+        q, k, v = jax.lax.optimization_barrier((self.q(x), self.k(x), self.v(x)))
+        q = q.reshape(num_tokens, self.num_heads, self.head_dim)
+        k = k.reshape(num_tokens, self.num_kv_heads, self.head_dim)
+        v = v.reshape(num_tokens, self.num_kv_heads, self.head_dim)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         o, cache = attend(rotate(q, table), rotate(k, table), v, cache)

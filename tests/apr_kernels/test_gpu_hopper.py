@@ -28,7 +28,7 @@ SIZES = [
 INTERPRETED = [
     pytest.param(
         cases.with_page_size(case, 8 if case.name == "joined" else 16),
-        marks=() if case.name in ("first_token", "siblings") else pytest.mark.slow,
+        marks=() if case.name in ("first_token", "siblings") else pytest.mark.exhaustive,
     )
     for case in cases.CASES
 ]
@@ -86,7 +86,7 @@ def test_matches_the_oracle(case):
     check(cases.build(case, np.random.default_rng(1), jnp.bfloat16))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
 def test_head_dims(head_dim):
     """80, with three queries a head, needs its heads padded."""
@@ -97,7 +97,7 @@ def test_head_dims(head_dim):
     check(cases.build(case, np.random.default_rng(2), jnp.bfloat16))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_windows_of_many_readers():
     """A run of more than 128 queries, beginning inside a slab of 8."""
     rows = [cases.Row(tail_len=3, slot=0)]
@@ -108,7 +108,7 @@ def test_windows_of_many_readers():
     check(cases.build(case, np.random.default_rng(3), jnp.bfloat16))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_order_of_rows_does_not_matter():
     case = next(case for case in cases.CASES if case.name == "tree")
     rng = np.random.default_rng(4)

@@ -23,7 +23,7 @@ FAST = {
 }  # fmt: skip
 DTYPES = ("float32", "bfloat16", "int8", "float8_e4m3fn")
 ALL = [
-    pytest.param(case, dtype, marks=() if (case.name, dtype) in FAST else pytest.mark.slow)
+    pytest.param(case, dtype, marks=() if (case.name, dtype) in FAST else pytest.mark.exhaustive)
     for case in (
         cases.with_page_size(case, size)
         for case in cases.CASES
@@ -112,8 +112,8 @@ def test_matches_the_oracle(case, dtype):
     check(*build(case, np.random.default_rng(1), dtype))
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("head_dim", [80, *(pytest.param(d, marks=pytest.mark.slow) for d in (64, 96, 128, 256))])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("head_dim", [80, *(pytest.param(d, marks=pytest.mark.exhaustive) for d in (64, 96, 128, 256))])
 def test_head_dims(head_dim, dtype):
     case = cases.Case(
         name="heads", head_dim=head_dim, num_heads=3, num_kv_heads=1, segments={"p": 150},
@@ -122,7 +122,7 @@ def test_head_dims(head_dim, dtype):
     check(*build(case, np.random.default_rng(2), dtype))
 
 
-@pytest.mark.parametrize("num_kv_heads", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_kv_heads", [1, pytest.param(2, marks=pytest.mark.exhaustive)])
 def test_windows_of_many_readers(num_kv_heads):
     """More queries than a window has, and narrow runs beside them."""
     rows = [cases.Row(tail_len=3, slot=0)]
@@ -134,7 +134,7 @@ def test_windows_of_many_readers(num_kv_heads):
     check(*build(case, np.random.default_rng(3), "bfloat16"))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["tree", "joined"])
 def test_order_of_rows_does_not_matter(name, dtype):

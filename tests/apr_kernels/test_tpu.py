@@ -22,7 +22,7 @@ QUICK = ("only_padding", "siblings", "joined", "prefill")  # each takes seconds 
 
 def slow(value):
     values = value if isinstance(value, tuple) else (value,)
-    return pytest.param(*values, marks=pytest.mark.slow)
+    return pytest.param(*values, marks=pytest.mark.exhaustive)
 
 
 def quick(values, chosen):
@@ -90,7 +90,7 @@ def test_matches_the_oracle(name):
     check(cases.build(BY_NAME[name], np.random.default_rng(1)))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("page_size", [8, 32, 64, 128])
 @pytest.mark.parametrize("name", ["joined", "prefill"])
 def test_page_sizes(name, page_size):
@@ -117,7 +117,7 @@ def test_small_blocks(case, monkeypatch):
     step.clear_cache()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("case", [LONG, WINDOWS], ids=lambda case: case.name)
 def test_usual_blocks(case):
     check(cases.build(case, np.random.default_rng(6)))
@@ -203,7 +203,7 @@ def test_quantised(name, page_size, dtype):
         np.testing.assert_array_equal(got, np.asarray(getattr(want, name), np.float32), err_msg=name)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("small", [False, True])
 @pytest.mark.parametrize("name", ["siblings", "prefill"])
 def test_no_races(name, small, monkeypatch):

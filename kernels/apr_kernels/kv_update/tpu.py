@@ -164,7 +164,8 @@ def _call(stores, new, prepared: Prepared, one_token: bool, interpret):
                 pltpu.SemaphoreType.DMA((sizes.buffers,)),
             ],
         ),
-        out_shape=[jax.ShapeDtypeStruct(store.shape, store.dtype) for store in stores],
+        # In HBM, and the stores with it: XLA would move a small store to VMEM and back at every call.
+        out_shape=[(jax.ShapeDtypeStruct if interpret else pltpu.HBM)(store.shape, store.dtype) for store in stores],
         input_output_aliases={4 + len(new) + i: i for i in range(len(stores))},
         interpret=interpret,
         name="kv_update",

@@ -195,6 +195,8 @@ def _call(q, kv_pages: KVPages, prepared: Prepared, sizes: Sizes, dtype, interpr
     num_kv_heads, num_queries, width = q.shape
     num_windows = num_queries // sizes.window
     stores = [array for array in (kv_pages.k, kv_pages.v, kv_pages.k_scale) if array is not None]
+    if not interpret:  # or XLA reads a small store to VMEM as a whole
+        stores = [pltpu.with_memory_space_constraint(store, pltpu.HBM) for store in stores]
     queries = pl.BlockSpec((sizes.heads, sizes.window, width), lambda i, j, *_: (i, j, 0))
     logs = (sizes.window // LANES, LANES)
     state = (sizes.heads, sizes.window)

@@ -100,7 +100,7 @@ def triton_blocks(num_queries: int, head_dim: int, dtype) -> TritonBlocks:
     """
     large = head_dim > 128
     if jnp.dtype(dtype) == jnp.float32:
-        return TritonBlocks(queries=16, tokens=16 if large else 32, warps=4, stages=2)
+        return TritonBlocks(queries=16, tokens=16 if head_dim > 64 else 32, warps=4, stages=2)
     if num_queries <= MATRIX_ROWS:
         return TritonBlocks(queries=16, tokens=32 if large else 64, warps=4, stages=3)
     if num_queries <= 64 or large:
