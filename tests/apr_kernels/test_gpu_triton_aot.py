@@ -58,7 +58,7 @@ def test_dtypes(shape, num_kernels, card):
     dtypes = ["float32", "int8", *(["float8_e4m3fn"] if card != "a100" else [])]
     cases = [
         {**shape, "head_dim": head_dim, "page_size": 16, "dtype": dtype}
-        for head_dim in (80, 128, 256)
+        for head_dim in (80, 96, 128, 256)
         for dtype in dtypes
     ]
     check(run(card, cases), len(cases), num_kernels, 0.6)

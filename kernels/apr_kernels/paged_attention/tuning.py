@@ -100,7 +100,8 @@ def triton_blocks(num_queries: int, head_dim: int, dtype) -> TritonBlocks:
     """
     large = head_dim > 128
     if jnp.dtype(dtype) == jnp.float32:
-        return TritonBlocks(queries=16, tokens=16 if head_dim > 64 else 32, warps=4, stages=2)
+        in_pieces = head_dim & (head_dim - 1) > 0  # with 4 warps it spills, on compute capability 8.9
+        return TritonBlocks(queries=16, tokens=16 if head_dim > 64 else 32, warps=8 if in_pieces else 4, stages=2)
     if num_queries <= MATRIX_ROWS:
         return TritonBlocks(queries=16, tokens=32 if large else 64, warps=4, stages=3)
     if num_queries <= 64 or large:
