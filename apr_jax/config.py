@@ -4,6 +4,8 @@ import dataclasses
 from typing import Literal
 
 ROPE_KINDS = ("default", "linear", "llama3", "yarn")
+KVDtype = Literal["float32", "bfloat16", "float64", "int8", "float8_e4m3fn"]
+AttentionChoice = Literal["auto", "reference", "pallas"]
 
 
 def check(condition: bool, message: str) -> None:
@@ -118,8 +120,8 @@ class EngineConfig:
     max_family_pages: int | None = None  # None: the pool's size
     max_stop_ids: int = 8
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
-    kv_dtype: Literal["float32", "bfloat16", "float64", "int8", "float8_e4m3fn"] | None = None  # None: dtype
-    attention: Literal["auto", "reference", "pallas"] = "auto"  # auto: Pallas where it runs
+    kv_dtype: KVDtype | None = None  # None: dtype
+    attention: AttentionChoice = "auto"  # auto: Pallas where it runs
     tensor: int = 1  # devices that heads, MLP and pages are split over
     compile_cache_dir: str | None = None  # None: no persistent compile cache
 

@@ -2,17 +2,18 @@
 
 import os
 from pathlib import Path
+from typing import cast, get_args
 
 from absl import flags, logging
 
 from apr_jax import Engine
-from apr_jax.config import CacheConfig, EngineConfig
+from apr_jax.config import AttentionChoice, CacheConfig, EngineConfig, KVDtype
 
 _TENSOR = flags.DEFINE_integer("tensor", 1, "Devices that heads, MLP and KV pages are split over.")
 _ATTENTION = flags.DEFINE_enum(
     "attention",
     "auto",
-    ["auto", "reference", "pallas"],
+    list(get_args(AttentionChoice)),
     "auto: Pallas kernels where they run.",
 )
 _KV_DTYPE = flags.DEFINE_enum(
@@ -34,8 +35,8 @@ def load_engine(checkpoint: str, **engine_fields) -> Engine:
     engine_config = EngineConfig(
         compile_cache_dir=_compile_cache_dir(),
         tensor=_TENSOR.value,
-        attention=_ATTENTION.value,
-        kv_dtype=_KV_DTYPE.value,
+        attention=cast(AttentionChoice, _ATTENTION.value),
+        kv_dtype=cast(KVDtype | None, _KV_DTYPE.value),
         **engine_fields,
     )
     cache_config = CacheConfig(page_size=_PAGE_SIZE.value, num_pages=_NUM_PAGES.value)
