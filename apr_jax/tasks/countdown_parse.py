@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 from apr_jax.tasks.countdown_apr import CALLING, END_RESULTS, RESULTS
 from apr_jax.tasks.countdown_format import FORMATS, Tags
-from apr_jax.tasks.countdown_vocabulary import BOS, EOS, MARKER, MODES, NODE, NODES, vocabulary
+from apr_jax.tasks.countdown_vocabulary import BOS, EOS, LABELS, MARKER, MODES, NODES, vocabulary
 from apr_jax.tasks.trace import Block, Span, Trace
 
 _N, _S = r" \d{1,3}", r" (?:\d{1,3}|\.)"
@@ -44,7 +44,12 @@ _APR_BODY = re.compile(rf"{_SOLVED_OPENING}{_ANSWER}|{_FAILED_OPENING}(?:{_NONE}
 _SEARCH_BODY = re.compile(
     rf" :(?:{_STEP})?(?:{_FAILED_BODY}\nNo solution found\.|{_SOLVED_BODY}\n\d+,\d+ equal: Goal Reached\n{_PATH})"
 )
-_PIECE = re.compile("|".join(sorted(map(re.escape, vocabulary()), key=len, reverse=True)))
+_PIECE = re.compile(
+    "|".join(
+        re.escape(piece) + (r"(?!\[)" if piece in LABELS else "")  # `1:[` is a number before a list
+        for piece in sorted(vocabulary(), key=len, reverse=True)
+    )
+)
 
 
 def _joined(pieces: Sequence[str]) -> str:
@@ -92,10 +97,14 @@ def structure_error(text: str) -> str | None:
     Args:
       text: with the prompt, or without: then it may be in any format.
     """
-    name, _, body = _split(text)
+    name, prompt, body = _split(text)
     patterns = {**_WHOLE, "apr": _APR_BODY}
     if not any(patterns[each].fullmatch(body) for each in ([name] if name else patterns)):
         return "the text is not in the format"
+    num_numbers = len(re.findall(r"\d+", prompt)) - (2 if name == "apr" else 1)  # without the node, the target
+    for equations in re.findall(rf"{MARKER}(?:\d+:)?({_EQUATIONS})", body) if name else ():
+        if (count := equations.count("=")) != num_numbers - 1:
+            return f"{count} equations conclude {num_numbers} numbers"
     for each, tags in FORMATS.items():
         if name in (None, each):
             for block, _ in _blocks(body, tags):
@@ -210,6 +219,6 @@ def _apr_parts(head: list[str], body: str, searches: Iterator[str]) -> Iterator[
 def _search(text: str) -> Trace:
     text = text.removeprefix(BOS).removesuffix(EOS)
     prompt = _SEARCH_PROMPT.match(text)
-    assert prompt is not None and NODE in prompt[0]
+    assert prompt is not None
     head = (BOS, *pieces_of(prompt[0]))
     return (Span((*head, *pieces_of(text[prompt.end() :]), EOS), len(head)),)
