@@ -71,5 +71,9 @@ def critical_path(trace: Trace) -> int:
             length += len(part.pieces)
         else:
             length += max(map(critical_path, part.branches))
-            length += max((critical_path(each) - each[0].forced for each in part.searches), default=0)
+            length += max((critical_path(each) - _prompt_len(each) for each in part.searches), default=0)
     return length
+
+
+def _prompt_len(search: Trace) -> int:
+    return search[0].forced if isinstance(search[0], Span) else 0
