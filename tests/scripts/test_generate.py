@@ -22,6 +22,8 @@ METRICS = [
     "flush_tokens",
     "join_s",
     "max_context_tokens",
+    "sequence_tokens",
+    "num_children",
 ]
 
 
