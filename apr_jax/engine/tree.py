@@ -239,7 +239,7 @@ class ThreadTree:
         for family in self.scheduler.families.values():
             pages = self.scheduler.family_pages(family)
             family.counters.peak_pages = max(family.counters.peak_pages, pages)
-            for thread in family.live:
+            for thread in family.live if self.tells_contexts else ():
                 self._emit_context(thread)
         if not self.listeners:
             return
