@@ -100,7 +100,7 @@ class Browser:
         headers = {"Content-Type": "application/json"}
         request = urllib.request.Request(self._base + self._path + path, data, headers, method=method)
         try:
-            with self._opener.open(request, timeout=60) as response:
+            with self._opener.open(request, timeout=240) as response:
                 return json.load(response)["value"]
         except urllib.error.HTTPError as error:
             told = json.load(error)["value"]

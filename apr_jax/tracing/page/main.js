@@ -196,7 +196,7 @@ function listen() {
   element("tree").addEventListener("pointerleave", () => hover(null));
   element("scroll").addEventListener("scroll", draw, { passive: true });
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", recolour);
-  new ResizeObserver(draw).observe(document.querySelector("main"));
+  new ResizeObserver(fit).observe(element("scroll"));
   for (const id of ["pages", "ticks"]) watch(element(id), () => undefined);
   watch(element("rows"), slotAt);
   watch(element("timeline"), laneAt);
@@ -208,8 +208,7 @@ function listen() {
 showMetrics();
 showLegends();
 readPalette();
-arrange();
-drawTree();
+rearrange();
 listen();
 recolour();
 if (depthFirst.length) select(depthFirst[0]);

@@ -2,12 +2,18 @@
 
 const ROW = 24;
 
+// Sizes that follow from the window and from how many threads are shown: set where these change, not at each drawing.
+function fit() {
+  const scroller = element("scroll");
+  element("lanes").style.height = `${Math.max(state.visible.length * ROW, 1)}px`;
+  element("timeline").style.height = `${scroller.clientHeight}px`;
+  element("charts").style.paddingRight = `${scroller.offsetWidth - scroller.clientWidth}px`; // the same axis
+  draw();
+}
+
 function drawTimeline() {
   const canvas = element("timeline");
   const scroller = element("scroll");
-  canvas.style.height = `${scroller.clientHeight}px`;
-  element("charts").style.paddingRight = `${scroller.offsetWidth - scroller.clientWidth}px`; // the same axis
-  element("lanes").style.height = `${Math.max(state.visible.length * ROW, 1)}px`;
   const { context, width, height } = brush(canvas);
   const to = scale(width);
   const first = Math.max(0, Math.floor(scroller.scrollTop / ROW) - 1);

@@ -67,7 +67,7 @@ function toggle(id, open) {
 function rearrange() {
   arrange();
   drawTree();
-  draw();
+  fit();
 }
 
 const foldAll = () => showLevels(state.collapsed.size ? Infinity : 1);
