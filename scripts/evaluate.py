@@ -30,13 +30,14 @@ from rich.console import Console
 from sampling_flags import sampling_params
 from task_flags import chosen_task
 
-from apr_jax import Engine, SamplingParams
+from apr_jax import Engine
 from apr_jax.config import check
 from apr_jax.evaluation import plots
 from apr_jax.evaluation.budgets import KINDS, BudgetKind, TokenBudget
 from apr_jax.evaluation.records import Record, RecordStore
 from apr_jax.evaluation.runner import NO_BUDGET, Entry, Evaluation
 from apr_jax.evaluation.settings import common_settings
+from apr_jax.evaluation.summary import paired_difference, summarize
 from apr_jax.reasoning.strategies.options import StrategyOptions
 from apr_jax.tasks.countdown_task import HELD_OUT_SEED
 from apr_jax.tasks.task import Task
@@ -99,7 +100,7 @@ def main() -> None:
     with RecordStore(settings, None if output_dir is None else output_dir / RECORDS_FILE) as store:
         evaluation = Evaluation(engine, task, problems, sampling, store)
         results = _run(evaluation, entries, budgets)
-    title = f"{task.name}, {len(problems)} problems of seed {_SEED.value}, {Path(_CHECKPOINT.value).name}"
+    title = f"{task.name}: {len(problems)} problems (seed {_SEED.value}), model {Path(_CHECKPOINT.value).name}"
     content = _write(task, title, len(problems), results, settings, output_dir)
     if output_path is not None:
         write_json(output_path, {key: content[key] for key in ("task", "num_problems", "seed", "programs")})
@@ -143,8 +144,6 @@ def _write(
     task: Task, title: str, num_problems: int, results: Results, settings: dict[str, Any], output_dir: Path | None
 ) -> dict[str, Any]:
     """Shows the table, and writes it with the plots where a directory is named."""
-    from apr_jax.evaluation.summary import paired_difference, summarize
-
     named = {_label(program, budget): records for (program, budget), records in results.items()}
     summaries = {name: summarize(records) for name, records in named.items()}
     first, *others = named

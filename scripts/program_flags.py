@@ -51,7 +51,9 @@ def chosen_program(engine: Engine, text: str, task: Task | None, num_samples: in
     spec = check_program(text)
     accept = None if task is None else task.accept
     uses_checker = spec.score == "checker"
-    check(not uses_checker or accept is not None, f"--program={text}: there is no checker that does not know the answer")
+    check(
+        not uses_checker or accept is not None, f"--program={text}: there is no checker that does not know the answer"
+    )
     num_samples = spec.num_samples or num_samples
     options = StrategyOptions(
         num_samples=num_samples,
@@ -59,6 +61,7 @@ def chosen_program(engine: Engine, text: str, task: Task | None, num_samples: in
         extract_answer=None if task is None else task.answer,
         separator=StrategyOptions.separator if task is None else task.separator,
         accept=accept if uses_checker else None,
+        waits=spec.when == "all",
     )
     join = when = None
     if spec.has_joins:

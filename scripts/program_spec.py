@@ -4,6 +4,7 @@
     multiverse+when=first               a join happens at the first path that solves the problem
     multiverse+join=conclusion          only conclusions are kept at joins
     best_of_n+score=checker             samples are judged by the task's checker, the first right one ends the others
+    best_of_n+score=checker+when=all    the same, but all samples are heard
 
 Variants of one program stand side by side in one table under the names that they were spelled with.
 """
@@ -21,6 +22,11 @@ from apr_jax.reasoning.programs import PROGRAM_NAMES, STRATEGIES
 
 PROGRAM_HELP = f"{', '.join(PROGRAM_NAMES)}, or a grammar's file.toml"
 WHEN_HELP = "all, first, quorum:K or deadline:TOKENS"
+STRATEGY_OPTIONS = {name: ("num_samples", "score") for name in STRATEGIES} | {
+    "self_consistency": ("num_samples",),
+    "best_of_n": ("num_samples", "score", "when"),
+    "skeleton_of_thought": (),
+}
 Score = Literal["logprob", "checker"]
 _OPTION = re.compile(r"\+(?=\w+=)")
 
@@ -31,7 +37,7 @@ class ProgramSpec:
 
     Attributes:
       label: as it was spelled.
-      join, when: of a grammar's threads.
+      join, when: of a grammar's threads. Of best_of_n, `when` is `first` or `all`.
       num_samples: of a strategy.
       score: of a strategy: what says which sample is best.
     """
@@ -59,7 +65,7 @@ def read_spec(text: str) -> ProgramSpec:
     known = name in PROGRAM_NAMES or name.endswith(".toml")
     check(known, f"--program={name} is not one of {PROGRAM_HELP}")
     spec = ProgramSpec(label=text, name=name)
-    allowed = ("num_samples", "score") if spec.is_strategy else ()
+    allowed = STRATEGY_OPTIONS.get(name, ())
     if spec.has_joins:
         allowed = ("when",) if name == AprProgram.name else ("join", "when")
     seen = set()
@@ -70,6 +76,11 @@ def read_spec(text: str) -> ProgramSpec:
         check(key not in seen, f"--program={text}: {key} is there twice")
         seen.add(key)
         spec = _with_option(spec, key, value)
+    if spec.is_strategy and spec.when is not None:
+        check(
+            spec.score == "checker", f"--program={text}: when goes with score=checker, nothing else ends samples early"
+        )
+        check(spec.when in ("all", "first"), f"--program={text}: when is {spec.when!r}, must be all or first")
     return spec
 
 

@@ -20,8 +20,7 @@ _PROBLEMS = flags.DEFINE_string(
 _PROMPT_TEMPLATE = flags.DEFINE_string(
     "prompt_template",
     None,
-    "Of --task=math: the prompt, with {problem} in it, or a file that holds it (PATH.txt). By default "
-    f"{TEMPLATE!r}.",
+    f"Of --task=math: the prompt, with {{problem}} in it, or a file that holds it (PATH.txt). By default {TEMPLATE!r}.",
 )
 
 

@@ -50,7 +50,7 @@ def budgeted(token_ids: Sequence[int], sampling: SamplingParams, budget: TokenBu
 
 
 def largest_first(budgets: Sequence[TokenBudget | None]) -> list[TokenBudget | None]:
-    """Each once. A run under a larger budget may answer smaller ones too (`reasoning.budget.Budget.needed`), one without
-    any may answer all.
+    """Each once. A run under a larger budget may answer smaller ones too (`reasoning.budget.Budget.needed`), and one
+    without any may answer all.
     """
     return sorted(dict.fromkeys(budgets), key=lambda budget: -float("inf") if budget is None else -budget.tokens)

@@ -1,7 +1,7 @@
 """What an evaluation has finished, on disk: one line of JSON a problem, so that a killed run goes on where it was.
 
-    {"settings": {...}}      the first line: what all records have in common
-    {"program": ..., ...}    one `Record` a line, appended when its request has ended
+{"settings": {...}}      the first line: what all records have in common
+{"program": ..., ...}    one `Record` a line, appended when its request has ended
 """
 
 import dataclasses

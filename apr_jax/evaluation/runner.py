@@ -147,11 +147,10 @@ class Evaluation:
                     if run.error is not None:
                         raise run.error
                     yield self._judge(entry, budget, number, run, charged.pop(number))
+                last_s = time.perf_counter()  # a checker may take long, which is not the engine's time
                 submit(driver)
 
-    def _judge(
-        self, entry: Entry, budget: TokenBudget | None, number: int, run: Run, engine_s: float
-    ) -> Record:
+    def _judge(self, entry: Entry, budget: TokenBudget | None, number: int, run: Run, engine_s: float) -> Record:
         output: Output = self.engine.collect(run)
         verdict = self.task.check(self.problems[number], output.text)
         return Record(

@@ -96,7 +96,11 @@ def markdown(results: dict[str, dict], differences: dict[str, Interval], title: 
         "its end, with that many others beside it.",
     ]
     if differences:
-        lines += ["", "| accuracy against the first line, same problems | difference | 95% interval |", "|---|---:|---:|"]
+        lines += [
+            "",
+            "| accuracy against the first line, same problems | difference | 95% interval |",
+            "|---|---:|---:|",
+        ]
         for name, each in differences.items():
             lines.append(f"| {name} | {each.mean:+.1%} | {each.low:+.1%} to {each.high:+.1%} |")
     return "\n".join(lines) + "\n"

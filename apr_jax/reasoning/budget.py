@@ -79,7 +79,7 @@ class Budget:
         self._limits[root.id] = self._first
 
     def note(self, thread: Thread) -> None:
-        """Remembers how much the thread has left; one that was cancelled before it was given a limit has said nothing."""
+        """Remembers how much the thread has left. One that was cancelled before it had a limit has said nothing."""
         if thread.id not in self._limits:
             return
         rooms, least = dataclasses.asdict(self._rooms(thread)), dataclasses.asdict(self._least)

@@ -2,11 +2,11 @@ r"""The answer in a text: what stands in the last `\boxed{...}`."""
 
 import re
 
-_BOXED = re.compile(r"\\f?boxed\s*\{")
+_BOXED = re.compile(r"\\boxed\s*\{")
 
 
 def last_boxed(text: str) -> str | None:
-    r"""The content of the last `\boxed{...}` (or `\fbox`-like `\fboxed`) whose braces are balanced; None if there is none.
+    r"""The content of the last `\boxed{...}` whose braces are balanced; None if there is none.
 
     `\{` and `\}` are characters, not braces. A box that is never closed, as in a text that was cut, is no answer.
     """

@@ -4,12 +4,14 @@ math-verify limits its time by signals, which only reach the main thread between
 sympy busy for hours. A process can be killed wherever it is, from any thread.
 """
 
+import contextlib
 import importlib.util
 import json
 import queue
 import subprocess
 import sys
 import threading
+import weakref
 from typing import IO
 
 from apr_jax.config import check
@@ -39,6 +41,7 @@ class Verifier:
         check(reason is None, reason or "")
         self.limit_s = limit_s
         self._process: subprocess.Popen[str] | None = None
+        self._ending: weakref.finalize | None = None
         self._replies: queue.Queue[str] = queue.Queue()
         self._lock = threading.Lock()
 
@@ -65,10 +68,6 @@ class Verifier:
         with self._lock:
             self._stop()
 
-    def __del__(self) -> None:
-        if getattr(self, "_process", None) is not None:
-            self._stop()
-
     def _started(self) -> subprocess.Popen[str]:
         if self._process is not None and self._process.poll() is None:
             return self._process
@@ -77,6 +76,7 @@ class Verifier:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         )
         self._process, self._replies = process, queue.Queue()
+        self._ending = weakref.finalize(self, _end, process)
         assert process.stdout is not None
         threading.Thread(target=_read, args=(process.stdout, self._replies), daemon=True).start()
         try:
@@ -89,23 +89,23 @@ class Verifier:
         return process
 
     def _stop(self) -> None:
-        process, self._process = self._process, None
-        if process is not None:
-            process.kill()
-            process.wait()
-            for pipe in (process.stdin, process.stdout):
-                if pipe is not None:
-                    try:
-                        pipe.close()
-                    except OSError:
-                        pass
+        self._process = None
+        if self._ending is not None:
+            self._ending()
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    process.kill()
+    process.wait()
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            with contextlib.suppress(OSError):
+                pipe.close()
 
 
 def _read(pipe: IO[str], replies: "queue.Queue[str]") -> None:
     """Hands on the lines of a process, and an empty one at its end."""
-    try:
+    with contextlib.suppress(ValueError):  # closed meanwhile
         for line in pipe:
             replies.put(line)
-    except ValueError:
-        pass  # closed meanwhile
     replies.put("")

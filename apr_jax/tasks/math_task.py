@@ -26,9 +26,9 @@ class MathProblem:
 def read_problems(path: str | Path) -> list[MathProblem]:
     r"""Problems from JSON lines.
 
-    One object a line: `problem` or `question`, and `answer` or `solution`. An answer may be the bare value or hold it in
-    a `\boxed{...}`, the last one of which counts; a solution must hold one. Other fields are left alone, empty lines
-    are skipped.
+    One object a line: `problem` or `question`, and `answer` or `solution`. An answer may be the bare value or hold it
+    in a `\boxed{...}`, the last one of which counts; a solution must hold one. Other fields are left alone, empty
+    lines are skipped.
 
     Raises:
       ValueError: a line is not that (the message has its number), or there is no problem.
