@@ -111,7 +111,7 @@ def read_when(text: str, accept: Accept | None, where: str | None = None) -> Whe
     """
     kind, colon, number = text.partition(":")
     valid = not colon if kind in ("all", "first") else number.isdecimal() and int(number) >= 1
-    check(kind in ("all", "first", "quorum", "deadline") and valid, f"{where or text!r}, must be {WHEN_HELP}")
+    check(kind in ("all", "first", "quorum", "deadline") and valid, f"{where or repr(text)}, must be {WHEN_HELP}")
     match kind:
         case "all":
             return All()
