@@ -63,6 +63,7 @@ def outcome(output) -> dict:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("label", PROGRAMS)
 def test_what_is_needed_is_enough_and_bounds_hold(label, seed):
