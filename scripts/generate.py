@@ -6,6 +6,7 @@ Examples:
   python scripts/generate.py
   python scripts/generate.py --prompt='5 17 38 60 -> 24' --program=sequential
   python scripts/generate.py --temperature=0.8 --num_samples=4 --output_json=out.json
+  python scripts/generate.py --trace=out.html
   python scripts/generate.py --checkpoint=checkpoints/qwen3_8b --prompt='Solve x^2 = 2.' --max_new_tokens=2048
 """
 
@@ -17,6 +18,7 @@ import cli
 import loading
 import program_flags
 import sampling_flags
+import trace_output
 from absl import flags
 from json_output import check_output_path, write_json
 from loading import load_engine
@@ -25,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 from sampling_flags import sampling_params
 from thread_view import LiveView, PlainView, ThreadView
+from trace_output import TraceFile, check_trace_path, traced
 
 from apr_jax import Engine, SamplingParams
 from apr_jax.config import check
@@ -50,6 +53,7 @@ _SEED = flags.DEFINE_integer("seed", 0, "Of the first sample.")
 flags.adopt_module_key_flags(sampling_flags)
 flags.adopt_module_key_flags(loading)
 flags.adopt_module_key_flags(program_flags)
+flags.adopt_module_key_flags(trace_output)
 _OUTPUT_JSON = flags.DEFINE_string("output_json", None, "Write the result into this file.")
 
 
@@ -61,9 +65,10 @@ def main() -> None:
     task = TASKS.get(Path(_CHECKPOINT.value).name)
     prompt = _read_prompt(task)
     output_path = check_output_path(_OUTPUT_JSON.value) if _OUTPUT_JSON.value else None
+    trace_path = check_trace_path()
     engine = load_engine(_CHECKPOINT.value)
-    with cli.profile():
-        outputs, error = _generate(engine, task, prompt, sampling)
+    with cli.profile(), traced(engine, trace_path, f"{_PROGRAM.value}: {prompt}") as trace:
+        outputs, error = _generate(engine, task, prompt, sampling, trace)
     problem = task.problem_of(prompt) if task is not None else None
     verdicts = [
         task.check(problem, output.text) if task is not None and problem is not None else None for output in outputs
@@ -98,7 +103,7 @@ def _read_prompt(task: Task | None) -> str:
 
 
 def _generate(
-    engine: Engine, task: Task | None, prompt: str, sampling: SamplingParams
+    engine: Engine, task: Task | None, prompt: str, sampling: SamplingParams, trace: TraceFile | None
 ) -> tuple[list[Output], Exception | None]:
     """Runs all samples side by side and shows them; the first error of one, if any."""
     view = ThreadView(engine.tokenizer)
@@ -126,7 +131,10 @@ def _generate(
             engine.listeners.append(PlainView(view, lambda line: print(line, flush=True)))
             driver.run()
     error = next((run.error for run in runs if run.error is not None), None)
-    return [engine.collect(run) for run in runs], error
+    outputs = [engine.collect(run) for run in runs]
+    if trace is not None:
+        trace.measured((run.root.family.id for run in runs), outputs)
+    return outputs, error
 
 
 def _show(console: Console, output: Output, verdict: Verdict | None) -> None:

@@ -1,4 +1,4 @@
-"""Results that appear whole or not at all."""
+"""Results in files that appear whole or not at all."""
 
 import json
 import os

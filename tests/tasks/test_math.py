@@ -166,7 +166,7 @@ def test_the_task(tmp_path):
     assert (wrong.correct, wrong.answer, wrong.reason) == (False, "2", "2 is not 1.5")
     assert task.check(problem, "it is 1.5").reason == r"there is no answer in a \boxed{...}"
     assert task.fingerprint != MathTask(path).fingerprint
-    with pytest.raises(ValueError, match="has no {problem}"):
+    with pytest.raises(ValueError, match=r"has no \{problem\}"):
         MathTask(path, "Q:")
 
 
