@@ -35,7 +35,6 @@ from apr_jax.models.checkpoint import checkpoint_directory
 from apr_jax.reasoning.driver import Driver
 from apr_jax.reasoning.output import Output
 from apr_jax.reasoning.program import Request
-from apr_jax.reasoning.programs import STRATEGIES
 from apr_jax.reasoning.strategies.options import StrategyOptions
 from apr_jax.tasks.countdown_task import TASKS
 from apr_jax.tasks.task import Task, Verdict
@@ -96,7 +95,11 @@ def _read_prompt(task: Task | None) -> str:
     check(bool(prompt.strip()), f"--prompt={prompt!r} is empty: at least 1 token is needed")
     problem = task.problem_of(prompt) if task is not None else None
     bare = prompt.lstrip()[:1].isdigit()  # without the token that says how to reason
-    return task.prompt(problem, _PROGRAM.value) if task is not None and problem is not None and bare else prompt
+    return (
+        task.prompt(problem, check_program(_PROGRAM.value).name)
+        if task is not None and problem is not None and bare
+        else prompt
+    )
 
 
 def _generate(
@@ -105,7 +108,7 @@ def _generate(
     """Runs all samples side by side and shows them; the first error of one, if any."""
     view = ThreadView(engine.tokenizer)
     engine.listeners.append(view)
-    is_strategy = _PROGRAM.value in STRATEGIES
+    is_strategy = check_program(_PROGRAM.value).is_strategy
     program = chosen_program(engine, _PROGRAM.value, task, _NUM_SAMPLES.value or StrategyOptions.num_samples)
     num_answers = 1 if is_strategy else _NUM_SAMPLES.value or 1
     token_ids = engine.encode_prompt(prompt)

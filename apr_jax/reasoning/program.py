@@ -26,6 +26,9 @@ class Guards:
       max_family_tokens: tokens of all threads of a request. A fork divides what is left evenly among the
         children, and what they leave over goes back at the join, so that the outcome does not depend on
         timing.
+      max_context_tokens: tokens that any one token of a request attends to, itself and the prompt's included. A
+        thread that has no room left stops; a join whose context does not fit ends the request. None: the model's
+        context window alone, which bounds positions.
     """
 
     max_depth: int = 5
@@ -33,10 +36,11 @@ class Guards:
     max_rounds: int = 32
     max_thread_tokens: int | None = None
     max_family_tokens: int = 1_000_000
+    max_context_tokens: int | None = None
 
     def __post_init__(self):
         check(self.max_depth >= 0, f"max_depth is {self.max_depth}, must be >= 0")
-        for name in ("max_fan_out", "max_rounds", "max_family_tokens", "max_thread_tokens"):
+        for name in ("max_fan_out", "max_rounds", "max_family_tokens", "max_thread_tokens", "max_context_tokens"):
             value = getattr(self, name)
             check(value is None or value >= 1, f"{name} is {value}, must be >= 1")
 

@@ -9,12 +9,13 @@ from apr_jax.tasks.countdown_parse import well_formed
 from apr_jax.tasks.countdown_renderings import prompt_of
 from apr_jax.tasks.countdown_sets import HELD_OUT_SEED as HELD_OUT_SEED
 from apr_jax.tasks.countdown_sets import draw_set
-from apr_jax.tasks.countdown_vocabulary import BOS, MODES
+from apr_jax.tasks.countdown_vocabulary import BOS, EOS, MODES
 from apr_jax.tasks.task import Task, Verdict
 
 _PROMPT = re.compile(rf"\s*(?:{'|'.join(MODES.values())})?\s*(\d+(?:\s+\d+)+)\s*->\s*(\d+)\s*")
-
-
+_CLOSERS = re.compile(rf"(?:</Path>|</step>|</Thread>|{EOS})\s*$")
+_LABEL = re.compile(r"^\s*\d+:")
+_PATH = re.compile(r"\nOperations: ([^\n]*)\n[^\n]*Goal Reached\s*$")
 _STATE = re.compile(r"\s*Moving to Node #0\nCurrent State: (\d+):\[([\d, ]+)\], Operations: \[\]\s*")
 
 
@@ -23,8 +24,11 @@ class CountdownTask:
     targets in [10, 100].
     """
 
+    separator = " ;"
+
     def __init__(self, name: str, kind: str):
         self.name = name
+        self.fingerprint = kind
         self._kind = kind
 
     def problems(self, num: int, seed: int) -> list[Problem]:
@@ -39,6 +43,16 @@ class CountdownTask:
             return Problem(tuple(map(int, match[2].split(","))), int(match[1]))
         match = _PROMPT.fullmatch(prompt)
         return Problem(tuple(map(int, match[1].split())), int(match[2])) if match else None
+
+    def accept(self, prompt: str, text: str) -> bool:
+        """Replays the equations behind the last ` =>`, those of a path (`... =>2: equations</Path>`) too, and those that
+        a search of APR's has reached the goal with.
+        """
+        problem = self.problem_of(prompt)
+        said = _CLOSERS.sub("", text)
+        path = _PATH.search(said)
+        equations = parse_equations(path[1] if path else _LABEL.sub("", said.rpartition("=>")[2]))
+        return problem is not None and equations is not None and check_equations(problem, equations) is None
 
     def answer(self, text: str) -> str | None:
         return extract_answer(text)
