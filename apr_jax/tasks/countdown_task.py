@@ -45,7 +45,7 @@ class CountdownTask:
         return Problem(tuple(map(int, match[1].split())), int(match[2])) if match else None
 
     def accept(self, prompt: str, text: str) -> bool:
-        """Replays the equations behind the last ` =>`, those of a path (`... =>2: equations</Path>`) too, and those that
+        """Replays the equations behind the last ` =>`, those of a path (`=>2: equations</Path>`) too, and those that
         a search of APR's has reached the goal with.
         """
         problem = self.problem_of(prompt)
