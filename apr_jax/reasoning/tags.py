@@ -8,6 +8,21 @@ from apr_jax.tokenizers import Tokenizer
 from apr_jax.types import SamplingParams
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ForkTags:
+    """What a model writes where it wants to fork.
+
+    Attributes:
+      openers: tags that it may begin with.
+      inside: tags that it writes then, up to the fork. None: the program forks at an opener itself.
+      nested: whether forked threads may fork.
+    """
+
+    openers: tuple[str, ...]
+    inside: tuple[str, ...] = ()
+    nested: bool = True
+
+
 class Tags:
     """The tags of one program.
 
@@ -24,6 +39,16 @@ class Tags:
             return stop.string if stop.string in self.ids else None
         by_id = {tag_id: tag for tag, tag_id in self.ids.items() if tag_id is not None}
         return by_id.get(stop.token_id) if stop.reason == "stop_id" and stop.token_id is not None else None
+
+    def also(self, sampling: SamplingParams, tags: Sequence[str]) -> SamplingParams:
+        """The parameters with these tags as stops besides all others."""
+        ids = [tag_id for tag in tags if (tag_id := self.ids[tag]) is not None]
+        strings = [tag for tag in tags if self.ids[tag] is None]
+        return dataclasses.replace(
+            sampling,
+            stop_ids=tuple(dict.fromkeys((*sampling.stop_ids, *ids))),
+            stop=tuple(dict.fromkeys((*sampling.stop, *strings))),
+        )
 
     def only(self, sampling: SamplingParams, tags: Sequence[str]) -> SamplingParams:
         """The parameters with the request's own stops and these tags, no others of the program."""
