@@ -22,7 +22,7 @@ import sampling_flags
 from absl import flags
 from json_output import check_output_path, write_json
 from loading import load_engine
-from program_flags import PROGRAM_HELP, check_program, chosen_program
+from program_flags import PROGRAM_HELP, check_program, chosen_program, request_fields
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -55,6 +55,7 @@ _OUTPUT_JSON = flags.DEFINE_string("output_json", None, "Write the results into 
 
 def main() -> None:
     sampling = sampling_params(_SEED.value)
+    request_fields()  # refused before a model is loaded
     names = list(dict.fromkeys(_PROGRAM.value))
     check(bool(names), f"--program is empty, name some of {PROGRAM_HELP}")
     for name in names:
@@ -101,7 +102,7 @@ def _evaluate(
     def submit(driver: Driver, number: int) -> None:
         prompt = engine.encode_prompt(task.prompt(problems[number], program_name))
         params = dataclasses.replace(sampling, seed=sampling.seed + number)
-        run = driver.submit(Request(token_ids=prompt, sampling=params), program)
+        run = driver.submit(Request(token_ids=prompt, sampling=params, **request_fields()), program)
         numbers[run.root.family.id] = number
 
     def ended(driver: Driver) -> Iterator[Run]:

@@ -191,5 +191,9 @@ def _fork_tags(grammar: Grammar) -> ForkTags:
     opener = grammar.trigger if grammar.block[0] in grammar.trigger else grammar.block[0]
     inside = () if opener == grammar.trigger else (grammar.plan, grammar.trigger)
     return ForkTags(
-        openers=(opener,), inside=tuple(tag for tag in inside if tag not in ("", opener)), nested=grammar.nested
+        openers=(opener,),
+        inside=tuple(tag for tag in inside if tag not in ("", opener)),
+        closer=grammar.closer,
+        end=grammar.block[1],
+        nested=grammar.nested,
     )

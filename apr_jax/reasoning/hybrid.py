@@ -1,9 +1,9 @@
 """How much a model may fork: `off`, `on`, or `auto`, as the engine's load allows.
 
-off    One-token tags that lead to a fork are banned. Where a tag is several tokens, banning one of them would forbid
-       other text too: the tag is a stop instead, and once it is complete its tokens are taken back and the first of
-       them is not sampled in that place again (`EngineCore.avoid`). What remains is what the model would say if it
-       could not say the tag. A program that forks by itself is refused, and goes on alone.
+off    One-token tags that lead to a fork, or belong behind it, are banned. Where a tag is several tokens, banning one
+       of them would forbid other text too: the tag is a stop instead, and once it is complete its tokens are taken back
+       and the first of them is not sampled in that place again (`EngineCore.avoid`). What remains is what the model
+       would say if it could not say the tag. A program that forks by itself is refused, and goes on alone.
 auto   Where the model opens a block, the engine is asked whether two children at least would find rows and pages now,
        on free rows and within an even share for every request (`Scheduler.room_to_fork`). If not, the opening tag is
        taken back and avoided in that place: the model goes on sequentially, and may ask again later. Whoever was
@@ -16,6 +16,7 @@ the form that the model was trained on. `auto` is exempt from the rule that load
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 from apr_jax.engine.thread import Stop, Thread
 from apr_jax.reasoning.answers import Answers
@@ -35,7 +36,7 @@ def restrained_tags(request: Request, program: Program, tokenizer: Tokenizer) ->
     tags = program.fork_tags
     if request.parallelism == "on" or tags is None:
         return None
-    return Tags(tokenizer, (*tags.openers, *tags.inside))
+    return Tags(tokenizer, tuple(tags))
 
 
 def restrained_sampling(request: Request, program: Program, tags: Tags | None) -> SamplingParams:
@@ -45,11 +46,10 @@ def restrained_sampling(request: Request, program: Program, tags: Tags | None) -
     if request.parallelism == "auto":
         return tags.also(request.sampling, program.fork_tags.openers)
     several = [tag for tag, tag_id in tags.ids.items() if tag_id is None]
-    return _banned(tags.also(request.sampling, several), tags)
+    return _banned(tags.also(request.sampling, several), tags.of(tags.ids))
 
 
-def _banned(sampling: SamplingParams, tags: Tags) -> SamplingParams:
-    ids = [tag_id for tag_id in tags.ids.values() if tag_id is not None]
+def _banned(sampling: SamplingParams, ids: Sequence[int]) -> SamplingParams:
     return dataclasses.replace(sampling, banned_ids=tuple(dict.fromkeys((*sampling.banned_ids, *ids))))
 
 
@@ -66,6 +66,9 @@ class Hybrid(Answers):
         if run.request.parallelism == "off":
             self._turn_back(run, thread, tag, thread.sampling)
             return True
+        if tag == tags.closer and thread.parent is None:  # what a model may say that would have opened a block
+            self._turn_back(run, thread, tag, thread.sampling)
+            return True
         if tag not in tags.openers:
             return False
         if thread.parent is None or tags.nested:
@@ -73,7 +76,8 @@ class Hybrid(Answers):
             if room < MIN_CHILDREN:
                 self._degrade(run, thread, f"{tag} taken back: there is room for {room} threads")
                 is_often = thread.num_avoided >= MAX_TURNS
-                params = _banned(thread.sampling, run.restrained) if is_often else thread.sampling
+                asking = run.restrained.of((*tags.openers, *tags.inside))
+                params = _banned(thread.sampling, asking) if is_often else thread.sampling
                 self._turn_back(run, thread, tag, params)
                 return True
         if not tags.inside:

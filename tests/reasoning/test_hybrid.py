@@ -212,7 +212,7 @@ def test_other_values_are_refused():
     with pytest.raises(ValueError, match="parallelism is 'sometimes', not one of off, on, auto"):
         Request(token_ids=[1], parallelism="sometimes")  # type: ignore[arg-type]
     engine = willing_engine("multiverse", ONE)
-    with pytest.raises(ValueError, match="9 banned ids, max_stop_ids"):
+    with pytest.raises(ValueError, match="11 banned ids, max_stop_ids"):
         engine.generate("Q", "multiverse", parallelism="off", sampling=SamplingParams(banned_ids=(1, 2, 3, 4, 5, 6)))
     assert_all_pages_free(engine)
 

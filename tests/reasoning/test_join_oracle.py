@@ -101,7 +101,12 @@ def compiled():
 
 
 CASES = [(name, None, ONE) for name in TEXTS]
-CASES += [("multiverse", "prefill", ONE), ("multiverse", "conclusion", ONE), ("threadweaver", "stitch", ONE)]
+CASES += [
+    (name, join, ONE)
+    for name, grammar in GRAMMARS.items()
+    for join in ("stitch", "prefill", "conclusion")
+    if join != grammar.join
+]
 CASES += [("threadweaver", None, SEVERAL), ("apr", None, SEVERAL)]
 
 

@@ -89,7 +89,7 @@ class AprProgram(Program):
 
     name = "apr"
     block = (CALLING, END_RESULTS)  # a call is not in the root's text: blocks begin where results are spliced
-    fork_tags = ForkTags(openers=(CALLING, RESULTS), nested=False)
+    fork_tags = ForkTags(openers=(CALLING, RESULTS), closer=END_CALLING, end=END_RESULTS, nested=False)
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
