@@ -31,7 +31,7 @@ _BOUNDS = {
     "max_family_tokens": "Tokens of all threads of a request.",
     "max_family_pages": "KV pages of all threads of a request.",
 }
-_GUARDS = {
+_GUARDS: dict[str, flags.FlagHolder] = {
     name: flags.DEFINE_integer(name, getattr(Guards(), name), f"{text} Beyond it a request goes on in plain text.")
     for name, text in _BOUNDS.items()
 }
