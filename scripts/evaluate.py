@@ -1,61 +1,86 @@
-"""Measures programs on a task: accuracy, tokens, critical path, form. All programs get the same problems.
+"""Measures programs on a task: accuracy against critical path, tokens, context and wall clock. Resumable.
 
-The embedded model was never trained on the first 500 problems of seed 1, the default.
+All programs get the same problems. The embedded model was never trained on the first 500 of seed 1, the default.
+With --output_dir every finished problem is on disk at once, and the same command goes on where it was stopped; it ends
+with results.json, table.md and plots there.
 
 Examples:
   python scripts/evaluate.py --num_problems=500
-  python scripts/evaluate.py --program=multiverse --temperature=0.7 --output_json=results.json
-  python scripts/evaluate.py --checkpoint=runs/countdown/model --num_problems=200
+  python scripts/evaluate.py --program=sequential,multiverse,self_consistency,best_of_n+score=checker --output_dir=out
+  python scripts/evaluate.py --program=multiverse,multiverse+when=first --output_dir=joins
+  python scripts/evaluate.py --budgets=256,512,1024 --budget_kind=total --output_dir=budgets
+  python scripts/evaluate.py --task=math --problems=my.jsonl --checkpoint=checkpoints/qwen3_8b --output_dir=math
 """
 
-import dataclasses
-import itertools
-import math
-import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
 
 import cli
 import loading
 import program_flags
 import sampling_flags
-from absl import flags
+import task_flags
+from absl import flags, logging
+from evaluation_output import check_output_dir, console_table, progress, write_output
 from json_output import check_output_path, write_json
 from loading import load_engine
 from program_flags import PROGRAM_HELP, check_program, chosen_program, request_fields
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 from sampling_flags import sampling_params
+from task_flags import chosen_task
 
-from apr_jax import Engine, SamplingParams
+from apr_jax import Engine
 from apr_jax.config import check
-from apr_jax.reasoning.driver import Driver, Run
-from apr_jax.reasoning.metrics import mean_metrics
-from apr_jax.reasoning.output import Output
-from apr_jax.reasoning.program import Request
+from apr_jax.evaluation import plots
+from apr_jax.evaluation.budgets import KINDS, BudgetKind, TokenBudget
+from apr_jax.evaluation.records import Record, RecordStore
+from apr_jax.evaluation.runner import NO_BUDGET, Entry, Evaluation
+from apr_jax.evaluation.settings import common_settings
+from apr_jax.evaluation.summary import paired_difference, summarize
 from apr_jax.reasoning.strategies.options import StrategyOptions
-from apr_jax.tasks.countdown_task import HELD_OUT_SEED, TASKS
+from apr_jax.tasks.countdown_task import HELD_OUT_SEED
 from apr_jax.tasks.task import Task
 
-_TASK = flags.DEFINE_enum("task", "countdown", sorted(TASKS), "What is asked.")
+RECORDS_FILE = "records.jsonl"
+
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", "countdown", "A preset's name, a checkpoint directory or a Hugging Face directory."
 )
-_PROGRAM = flags.DEFINE_list("program", ["sequential", "multiverse"], f"Any of {PROGRAM_HELP}.")
+_PROGRAM = flags.DEFINE_list(
+    "program",
+    ["sequential", "multiverse"],
+    f"Any of {PROGRAM_HELP}; each with options, as in multiverse+when=first+join=conclusion, "
+    "self_consistency+num_samples=16, best_of_n+score=checker.",
+)
 _NUM_SAMPLES = flags.DEFINE_integer("num_samples", StrategyOptions.num_samples, "Samples of a strategy.")
 _NUM_PROBLEMS = flags.DEFINE_integer("num_problems", 100, "Problems a program.")
+_BUDGETS = flags.DEFINE_list(
+    "budgets", [], f"Runs every program under each of these, in tokens; {NO_BUDGET} is one too. Empty: that alone."
+)
+_BUDGET_KIND = flags.DEFINE_enum(
+    "budget_kind",
+    "critical_path",
+    list(KINDS),
+    "What --budgets bound: the longest chain of tokens, the tokens of all threads, or the longest context (with the "
+    "prompt).",
+)
 _SEED = flags.DEFINE_integer("seed", HELD_OUT_SEED, "Of the problems and of sampling.")
-_MAX_THREADS = flags.DEFINE_integer("max_threads", 32, "Threads that run side by side.")
-flags.adopt_module_key_flags(sampling_flags)
-flags.adopt_module_key_flags(loading)
-flags.adopt_module_key_flags(program_flags)
+_MAX_THREADS = flags.DEFINE_integer("max_threads", 32, "Threads, and requests, that run side by side.")
+_WARM_UP = flags.DEFINE_bool(
+    "warm_up", False, "Compile everything before the first problem, so that no compilation is in the wall clock."
+)
 _OUTPUT_JSON = flags.DEFINE_string("output_json", None, "Write the results into this file.")
+_OUTPUT_DIR = flags.DEFINE_string(
+    "output_dir", None, "Keep every finished problem here, and write tables and plots; goes on with what is there."
+)
+for module in (sampling_flags, loading, program_flags, task_flags):
+    flags.adopt_module_key_flags(module)
 
 
 def main() -> None:
     sampling = sampling_params(_SEED.value)
-    request_fields()  # refused before a model is loaded
+    fields = request_fields()
     names = list(dict.fromkeys(_PROGRAM.value))
     check(bool(names), f"--program is empty, name some of {PROGRAM_HELP}")
     for name in names:
@@ -63,116 +88,89 @@ def main() -> None:
     check(_NUM_SAMPLES.value >= 1, f"--num_samples={_NUM_SAMPLES.value}, must be >= 1")
     check(_NUM_PROBLEMS.value >= 1, f"--num_problems={_NUM_PROBLEMS.value}, must be >= 1")
     check(_SEED.value >= 0, f"--seed={_SEED.value}, must be >= 0")
+    budgets = _budgets()
     output_path = check_output_path(_OUTPUT_JSON.value) if _OUTPUT_JSON.value else None
-    task = TASKS[_TASK.value]
-    engine = load_engine(_CHECKPOINT.value, max_threads=_MAX_THREADS.value)
+    output_dir = check_output_dir(_OUTPUT_DIR.value) if _OUTPUT_DIR.value else None
+    if output_dir is not None and (reason := plots.missing()) is not None:
+        logging.warning(reason)
+    task = chosen_task()
     problems = task.problems(_NUM_PROBLEMS.value, _SEED.value)
-    console = Console()
-    with cli.profile(), _progress(console) as progress:
-        results = {}
-        for name in names:
-            bar = progress.add_task(name, total=len(problems))
-            results[name] = _evaluate(engine, task, problems, name, sampling, lambda bar=bar: progress.advance(bar))
-    console.print(_table(results))
+    engine = load_engine(_CHECKPOINT.value, max_threads=_MAX_THREADS.value)
+    entries = [_entry(engine, name, task) for name in names]
+    settings = common_settings(engine, task, _CHECKPOINT.value, sampling, _NUM_SAMPLES.value, program_flags.defaults())
+    with RecordStore(settings, None if output_dir is None else output_dir / RECORDS_FILE) as store:
+        evaluation = Evaluation(engine, task, problems, sampling, store, **fields)
+        results = _run(evaluation, entries, budgets)
+    title = f"{task.name}: {len(problems)} problems (seed {_SEED.value}), model {Path(_CHECKPOINT.value).name}"
+    content = _write(task, title, len(problems), results, settings, output_dir)
     if output_path is not None:
-        content = {
-            "task": task.name,
-            "num_problems": len(problems),
-            "seed": _SEED.value,
-            "programs": results,
-        }
-        write_json(output_path, content)
+        write_json(output_path, {key: content[key] for key in ("task", "num_problems", "seed", "programs")})
 
 
-def _evaluate(
-    engine: Engine,
-    task: Task,
-    problems: list[Any],
-    program_name: str,
-    sampling: SamplingParams,
-    on_done: Callable[[], None],
-) -> dict[str, float]:
-    """Runs all problems under one program; as many side by side as the engine has slots."""
-    program = chosen_program(engine, program_name, task, _NUM_SAMPLES.value)
-    started_s = time.perf_counter()
-    outputs: list[Output | None] = [None] * len(problems)
-    waiting = iter(range(len(problems)))
-    numbers: dict[int, int] = {}
+def _budgets() -> list[TokenBudget | None]:
+    budgets: list[TokenBudget | None] = []
+    for text in _BUDGETS.value or [NO_BUDGET]:
+        valid = text == NO_BUDGET or (text.isdecimal() and int(text) >= 1)
+        check(valid, f"--budgets has {text!r}, must be numbers of tokens >= 1, or {NO_BUDGET}")
+        kind = cast(BudgetKind, _BUDGET_KIND.value)
+        budgets.append(None if text == NO_BUDGET else TokenBudget(kind, int(text)))
+    return list(dict.fromkeys(budgets))
 
-    def submit(driver: Driver, number: int) -> None:
-        prompt = engine.encode_prompt(task.prompt(problems[number], program_name))
-        params = dataclasses.replace(sampling, seed=sampling.seed + number)
-        run = driver.submit(Request(token_ids=prompt, sampling=params, **request_fields()), program)
-        numbers[run.root.family.id] = number
 
-    def ended(driver: Driver) -> Iterator[Run]:
-        while driver.active:
-            yield from driver.step()
+def _entry(engine: Engine, text: str, task: Task) -> Entry:
+    program = chosen_program(engine, text, task, _NUM_SAMPLES.value)
+    return Entry(label=text, name=check_program(text).name, program=program)
 
-    with Driver(engine) as driver:
-        for number in itertools.islice(waiting, engine.config.max_threads):
-            submit(driver, number)
-        for run in ended(driver):
-            if run.error is not None:
-                raise run.error
-            outputs[numbers[run.root.family.id]] = engine.collect(run)
-            on_done()
-            for number in itertools.islice(waiting, 1):
-                submit(driver, number)
-    done = [output for output in outputs if output is not None]
-    verdicts = [task.check(problem, output.text) for problem, output in zip(problems, done, strict=True)]
-    accuracy = sum(verdict.correct for verdict in verdicts) / len(done)
-    metrics = mean_metrics([output.metrics for output in done])
-    run_s = time.perf_counter() - started_s
-    return {
-        "accuracy": accuracy,
-        "accuracy_se": math.sqrt(accuracy * (1 - accuracy) / len(done)),
-        "well_formed": sum(task.well_formed(output.text) for output in done) / len(done),
-        "degraded": sum(bool(output.degraded) for output in done) / len(done),
-        "ended_by_length": sum(output.finish_reason in ("length", "context") for output in done),
-        "forked": sum(len(output.threads) > 1 for output in done) / len(done),
-        **metrics,
-        "run_s": run_s,
-        "tokens_per_s": metrics["total_tokens"] * len(done) / run_s,
+
+Results = dict[tuple[str, TokenBudget | None], list[Record]]
+
+
+def _run(evaluation: Evaluation, entries: Sequence[Entry], budgets: Sequence[TokenBudget | None]) -> Results:
+    """Runs what is not there yet; an interruption leaves what is finished in the store."""
+    evaluation.check_prompts(entries)
+    if _WARM_UP.value:
+        evaluation.engine.warm_up()
+    console = Console()
+    results: Results = {}
+    with cli.profile(), progress(console) as shown:
+        for entry in entries:
+            bar = shown.add_task(entry.label, total=len(evaluation.problems) * len(budgets))
+            evaluation.run(entry, budgets, lambda bar=bar: shown.advance(bar))
+            for budget in budgets:
+                results[entry.label, budget] = evaluation.records(entry, budget)
+    return results
+
+
+def _write(
+    task: Task, title: str, num_problems: int, results: Results, settings: dict[str, Any], output_dir: Path | None
+) -> dict[str, Any]:
+    """Shows the table, and writes it with the plots where a directory is named."""
+    named = {_label(program, budget): records for (program, budget), records in results.items()}
+    summaries = {name: summarize(records) for name, records in named.items()}
+    first, *others = named
+    differences = {name: paired_difference(named[name], named[first]) for name in others}
+    console_table(summaries)
+    content = {
+        "task": task.name,
+        "num_problems": num_problems,
+        "seed": _SEED.value,
+        "settings": settings,
+        "programs": summaries,
+        "accuracy_differences": {
+            name: {"to": first, "mean": d.mean, "interval": [d.low, d.high]} for name, d in differences.items()
+        },
     }
+    if output_dir is not None:
+        series = [
+            plots.Series(label=program, results=[summaries[_label(p, b)] for p, b in results if p == program])
+            for program in dict.fromkeys(program for program, _ in results)
+        ]
+        write_output(output_dir, content, summaries, differences, series, title)
+    return content
 
 
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-    )
-
-
-def _table(results: dict[str, dict[str, float]]) -> Table:
-    rows: list[tuple[str, Callable[[dict[str, float]], str]]] = [
-        ("accuracy", lambda r: f"{r['accuracy']:.1%} ± {r['accuracy_se']:.1%}"),
-        ("well-formed", lambda r: f"{r['well_formed']:.1%}"),
-        ("forked", lambda r: f"{r['forked']:.1%}"),
-        ("degraded", lambda r: f"{r['degraded']:.1%}"),
-        ("runs ended by length", lambda r: f"{r['ended_by_length']}"),
-        ("tokens", lambda r: f"{r['total_tokens']:.1f}"),
-        ("critical path", lambda r: f"{r['critical_path_tokens']:.1f}"),
-        ("acceleration ratio", lambda r: f"{r['acceleration_ratio']:.3f}"),
-        ("parallel ratio", lambda r: f"{r['parallel_ratio']:.3f}"),
-        ("threads", lambda r: f"{r['num_threads']:.2f}"),
-        ("peak pages", lambda r: f"{r['peak_pages']:.1f}"),
-        ("prefilled again", lambda r: f"{r['reprefill_tokens']:.1f}"),
-        ("longest context", lambda r: f"{r['max_context_tokens']:.1f}"),
-        ("join time (ms)", lambda r: f"{r['join_s'] * 1e3:.3f}"),
-        ("wall clock (s)", lambda r: f"{r['wall_s']:.2f}"),
-        ("tokens a second", lambda r: f"{r['tokens_per_s']:.0f}"),
-    ]
-    table = Table(title="means over problems; ± standard error")
-    table.add_column("")
-    for name in results:
-        table.add_column(name, justify="right")
-    for label, show in rows:
-        table.add_row(label, *(show(result) for result in results.values()))
-    return table
+def _label(program: str, budget: TokenBudget | None) -> str:
+    return program if budget is None else f"{program}@{budget}"
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ Examples:
   python scripts/generate.py --prompt='5 17 38 60 -> 24' --program=sequential
   python scripts/generate.py --parallelism=off --max_wall_s=10
   python scripts/generate.py --temperature=0.8 --num_samples=4 --output_json=out.json
+  python scripts/generate.py --trace=out.html
   python scripts/generate.py --checkpoint=checkpoints/qwen3_8b --prompt='Solve x^2 = 2.' --max_new_tokens=2048
 """
 
@@ -18,6 +19,7 @@ import cli
 import loading
 import program_flags
 import sampling_flags
+import trace_output
 from absl import flags
 from json_output import check_output_path, write_json
 from loading import load_engine
@@ -26,6 +28,7 @@ from rich.console import Console
 from rich.table import Table
 from sampling_flags import sampling_params
 from thread_view import LiveView, PlainView, ThreadView
+from trace_output import TraceFile, check_trace_path, traced
 
 from apr_jax import Engine, SamplingParams
 from apr_jax.config import check
@@ -33,7 +36,6 @@ from apr_jax.models.checkpoint import checkpoint_directory
 from apr_jax.reasoning.driver import Driver
 from apr_jax.reasoning.output import Output
 from apr_jax.reasoning.program import Request
-from apr_jax.reasoning.programs import STRATEGIES
 from apr_jax.reasoning.strategies.options import StrategyOptions
 from apr_jax.tasks.countdown_task import TASKS
 from apr_jax.tasks.task import Task, Verdict
@@ -52,6 +54,7 @@ _SEED = flags.DEFINE_integer("seed", 0, "Of the first sample.")
 flags.adopt_module_key_flags(sampling_flags)
 flags.adopt_module_key_flags(loading)
 flags.adopt_module_key_flags(program_flags)
+flags.adopt_module_key_flags(trace_output)
 _OUTPUT_JSON = flags.DEFINE_string("output_json", None, "Write the result into this file.")
 
 
@@ -64,9 +67,10 @@ def main() -> None:
     task = TASKS.get(Path(_CHECKPOINT.value).name)
     prompt = _read_prompt(task)
     output_path = check_output_path(_OUTPUT_JSON.value) if _OUTPUT_JSON.value else None
+    trace_path = check_trace_path()
     engine = load_engine(_CHECKPOINT.value)
-    with cli.profile():
-        outputs, error = _generate(engine, task, prompt, sampling)
+    with cli.profile(), traced(engine, trace_path, f"{_PROGRAM.value}: {prompt}") as trace:
+        outputs, error = _generate(engine, task, prompt, sampling, trace)
     problem = task.problem_of(prompt) if task is not None else None
     verdicts = [
         task.check(problem, output.text) if task is not None and problem is not None else None for output in outputs
@@ -93,16 +97,20 @@ def _read_prompt(task: Task | None) -> str:
     check(bool(prompt.strip()), f"--prompt={prompt!r} is empty: at least 1 token is needed")
     problem = task.problem_of(prompt) if task is not None else None
     bare = prompt.lstrip()[:1].isdigit()  # without the token that says how to reason
-    return task.prompt(problem, _PROGRAM.value) if task is not None and problem is not None and bare else prompt
+    return (
+        task.prompt(problem, check_program(_PROGRAM.value).name)
+        if task is not None and problem is not None and bare
+        else prompt
+    )
 
 
 def _generate(
-    engine: Engine, task: Task | None, prompt: str, sampling: SamplingParams
+    engine: Engine, task: Task | None, prompt: str, sampling: SamplingParams, trace: TraceFile | None
 ) -> tuple[list[Output], Exception | None]:
     """Runs all samples side by side and shows them; the first error of one, if any."""
     view = ThreadView(engine.tokenizer)
     engine.listeners.append(view)
-    is_strategy = _PROGRAM.value in STRATEGIES
+    is_strategy = check_program(_PROGRAM.value).is_strategy
     program = chosen_program(engine, _PROGRAM.value, task, _NUM_SAMPLES.value or StrategyOptions.num_samples)
     num_answers = 1 if is_strategy else _NUM_SAMPLES.value or 1
     token_ids = engine.encode_prompt(prompt)
@@ -129,7 +137,10 @@ def _generate(
             engine.listeners.append(PlainView(view, lambda line: print(line, flush=True)))
             driver.run()
     error = next((run.error for run in runs if run.error is not None), None)
-    return [engine.collect(run) for run in runs], error
+    outputs = [engine.collect(run) for run in runs]
+    if trace is not None:
+        trace.measured((run.root.family.id for run in runs), outputs)
+    return outputs, error
 
 
 def _show(console: Console, output: Output, verdict: Verdict | None) -> None:

@@ -1,4 +1,4 @@
-"""JSON results that appear whole or not at all."""
+"""Results in files that appear whole or not at all."""
 
 import json
 import os
@@ -26,12 +26,16 @@ def check_output_path(path: str) -> Path:
 
 
 def write_json(path: Path, content: Any) -> None:
+    """Writes as `write_text` does."""
+    write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
     """Writes beside the path and renames.
 
     Raises:
       OSError: the disk is full, or the like; an earlier file is as it was, and nothing half-written is left.
     """
-    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
     partial = None
     try:
         with tempfile.NamedTemporaryFile(

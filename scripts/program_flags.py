@@ -1,21 +1,29 @@
 """The flags that say how a model reasons, shared by the scripts that generate."""
 
+import dataclasses
 from typing import Any, cast, get_args
 
 from absl import flags
+from program_spec import PROGRAM_HELP as PROGRAM_HELP
+from program_spec import WHEN_HELP, ProgramSpec, read_spec, read_when
 
 from apr_jax import Engine
 from apr_jax.config import check
 from apr_jax.engine.thread import JoinMode
+from apr_jax.reasoning.deciding import by_text
 from apr_jax.reasoning.program import Guards, Parallelism, Program
-from apr_jax.reasoning.programs import PROGRAM_NAMES, STRATEGIES, make_program
+from apr_jax.reasoning.programs import make_program
 from apr_jax.reasoning.strategies.options import StrategyOptions
 from apr_jax.tasks.task import Task
 
-PROGRAM_HELP = f"{', '.join(PROGRAM_NAMES)}, or a grammar's file.toml"
-
 _JOIN = flags.DEFINE_enum(
     "join", None, ["stitch", "prefill", "conclusion"], "How a grammar's threads are joined, instead of its own way."
+)
+_WHEN = flags.DEFINE_string(
+    "when",
+    None,
+    f"When a grammar's threads are joined: {WHEN_HELP}. first and quorum count threads that solve the task's problem, "
+    "where the task can tell, else any that has ended.",
 )
 _PARALLELISM = flags.DEFINE_enum(
     "parallelism",
@@ -29,6 +37,7 @@ _BOUNDS = {
     "max_rounds": "Forks of one thread.",
     "max_thread_tokens": "Tokens of one thread.",
     "max_family_tokens": "Tokens of all threads of a request.",
+    "max_context_tokens": "Tokens that any one token attends to, the prompt's included.",
     "max_family_pages": "KV pages of all threads of a request.",
 }
 _GUARDS: dict[str, flags.FlagHolder] = {
@@ -49,26 +58,49 @@ def request_fields() -> dict[str, Any]:
     return {"guards": guards, "parallelism": _PARALLELISM.value}
 
 
-def check_program(name: str) -> None:
-    """Refuses a name that is no program's. Raises ValueError."""
-    known = name in PROGRAM_NAMES or name.endswith(".toml")
-    check(known, f"--program={name} is not one of {PROGRAM_HELP}")
+def defaults() -> dict[str, Any]:
+    """What the flags say for programs that do not say it themselves, and for all requests."""
+    fields = request_fields()
+    guards = {"guards": dataclasses.asdict(fields["guards"])}
+    return {"join": _JOIN.value, "when": _WHEN.value, **fields, **guards}
 
 
-def chosen_program(engine: Engine, name: str, task: Task | None, num_samples: int) -> Program:
-    """The program of a name.
+def check_program(text: str) -> ProgramSpec:
+    """What `--program` spells. Raises ValueError for what is no program, or flags that are out of their range."""
+    if _WHEN.value is not None:
+        read_when(_WHEN.value, None, f"--when={_WHEN.value}")
+    return read_spec(text)
+
+
+def chosen_program(engine: Engine, text: str, task: Task | None, num_samples: int) -> Program:
+    """The program that `--program` spells; what it does not say itself, the flags say for all that it makes sense for.
 
     Args:
-      task: says what a sample's answer is, for strategies that vote.
+      task: says what a sample's answer is, for strategies that vote, and whether a thread solves the problem.
       num_samples: of a strategy.
 
     Raises:
       ValueError: a flag does not go with it, or its file is no grammar.
     """
+    spec = check_program(text)
+    accept = None if task is None else task.accept
+    uses_checker = spec.score == "checker"
+    check(
+        not uses_checker or accept is not None, f"--program={text}: there is no checker that does not know the answer"
+    )
+    num_samples = spec.num_samples or num_samples
     options = StrategyOptions(
         num_samples=num_samples,
         beam_width=min(StrategyOptions.beam_width, num_samples),
         extract_answer=None if task is None else task.answer,
+        separator=StrategyOptions.separator if task is None else task.separator,
+        accept=accept if uses_checker else None,
+        waits=spec.when == "all",
     )
-    join = cast(JoinMode | None, None if name in ("sequential", *STRATEGIES) else _JOIN.value)
-    return make_program(name, engine.tokenizer, join=join, options=options)
+    join = when = None
+    if spec.has_joins:
+        join = spec.join or cast(JoinMode | None, _JOIN.value)
+        wanted = spec.when or _WHEN.value
+        if wanted not in (None, "all"):
+            when = read_when(wanted, None if accept is None else by_text(engine.tokenizer, accept))
+    return make_program(spec.name, engine.tokenizer, join=join, when=when, options=options)

@@ -172,6 +172,8 @@ class KVCache(Ledger):
         assert segment.sealed and len(context.segments) > context.fork_index, segment
         assert segment.end_position == context.next_position, "what was joined cannot be taken back"
         context.segments.pop()
+        if context.mark_index is not None:
+            context.mark_index = min(context.mark_index, len(context.segments))
         context.next_position = segment.start_position
         token_ids = list(segment.token_ids)
         self._drop(segment)
@@ -180,7 +182,7 @@ class KVCache(Ledger):
     def trim(self, context: Context) -> None:
         """Frees the tail's pages beyond those in use; a tail without tokens goes away."""
         tail = context.tail
-        if tail is None or tail.swapped:
+        if tail is None or (tail.swapped and tail.token_ids):
             return
         used = -(-len(tail.token_ids) // self.page_size)
         for page in tail.pages[used:]:

@@ -77,5 +77,6 @@ class Detours(StoppedThreads):
             return
         thread.marks = context.mark_index == len(context.segments)
         thread.pending = self.cache.drop_last(context)
+        self._emit_keys(thread, -len(thread.pending), "unfed")
         thread.num_to_seal = len(thread.pending)
         thread.family.counters.reprefill_tokens += len(thread.pending) - 1

@@ -120,7 +120,7 @@ class EngineCore(Detours):
             self._force(child, ids)
             children.append(child)
         thread.carried = carried
-        self._suspend(thread, children, spawned=False)
+        self._suspend(thread, children)
         return children
 
     @changes_threads
@@ -160,7 +160,7 @@ class EngineCore(Detours):
             child.pending = ids[matched:]
             thread.family.counters.cached_tokens += matched
             children.append(child)
-        self._suspend(thread, children, spawned=True)
+        self._suspend(thread, children)
         return children
 
     def mark(self, thread: Thread) -> None:

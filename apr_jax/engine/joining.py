@@ -33,6 +33,23 @@ def pages_wanted(cache: KVCache, children: Sequence[Thread], mode: JoinMode) -> 
     return sum(cache.num_pages_of(pick(context)) for context in _contexts(children, mode))
 
 
+def joined_len(thread: Thread, children: Sequence[Thread], mode: JoinMode) -> int:
+    """Tokens that a join will add to the thread's context, before those that are forced on it then."""
+    if mode == "splice":
+        return 0
+    lengths = []
+    for child in children:
+        assert child.context is not None
+        pick = marked_segments if mode == "conclusion" else own_segments
+        lengths.append(sum(s.num_tokens for s in pick(child.context)) + len(child.pending))
+    if mode == "prefill":
+        lengths[1:] = [len(flatten(child)) for child in children[1:]]
+        repeated = 0
+    else:
+        repeated = len(thread.carried) * max(0, len(children) - 1)  # counted once for all children
+    return sum(lengths) - repeated
+
+
 def join_parts(
     cache: KVCache, thread: Thread, children: Sequence[Thread], mode: JoinMode
 ) -> tuple[list[list[Segment]], int, list[int]]:

@@ -4,6 +4,7 @@ Knows token ids only; what they mean is for programs. `engine.py` adds how threa
 """
 
 import math
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -87,7 +88,8 @@ class Loop(ThreadTree):
         thread.pending = ids[matched:]
         family.counters.cached_tokens = matched
         self.scheduler.families[family.id] = family
-        self.emit(events.SubmitEvent, thread, prompt_len=len(ids))
+        self.emit(events.SubmitEvent, thread, prompt_ids=tuple(ids))
+        self._emit_keys(thread, matched, "cached")
         return thread
 
     @property
@@ -106,6 +108,7 @@ class Loop(ThreadTree):
         Returns:
           The threads that stopped since the last step, each once a stop.
         """
+        started_s = time.perf_counter()
         with self._changing():
             work = self.scheduler.schedule()
             for thread in work.stopped:
@@ -118,7 +121,7 @@ class Loop(ThreadTree):
             elif not work.prefill and not work.stopped and self.scheduler.threads(Status.WAITING, Status.RUNNING):
                 raise RuntimeError(f"nothing can run: {self.cache.num_available} pages available, {work}")
             self.stats.num_steps += 1
-        self._emit_step()
+        self._emit_step(started_s)
         stopped = [thread for thread in self._stopped if thread.status is Status.STOPPED]
         self._stopped.clear()
         return stopped
@@ -175,7 +178,7 @@ class Loop(ThreadTree):
         for thread in threads:
             assert thread.context is not None
             n = counts[thread.id]
-            self._advance(thread, thread.pending[:n])
+            self._advance(thread, thread.pending[:n], "prefill" if thread.status is Status.RUNNING else "flush")
             del thread.pending[:n]
             self.cache.commit_prefix(thread.context)
             thread.family.counters.prefill_tokens += n
@@ -220,7 +223,7 @@ class Loop(ThreadTree):
             num_fed = int(result.num_fed[row])
             sequence = thread.pending + sampled
             num_forced = min(num_fed, len(thread.pending) - 1)
-            self._advance(thread, sequence[:num_fed])
+            self._advance(thread, sequence[:num_fed], "decode")
             thread.pending = sequence[num_fed:]
             thread.family.counters.prefill_tokens += max(0, num_forced)
             first_new = len(thread.token_ids)
@@ -235,8 +238,9 @@ class Loop(ThreadTree):
             self.stats.decode_tokens += len(sampled)
             stop = self._find_stop(thread, first_new)
             kept = thread.token_ids[first_new:]
-            if kept:
-                self.emit(events.TokenEvent, thread, token_ids=tuple(kept), sampled=(True,) * len(kept))
+            if sampled:
+                flags, num_dropped = (True,) * len(kept), len(sampled) - len(kept)
+                self.emit(events.TokenEvent, thread, token_ids=tuple(kept), sampled=flags, num_dropped=num_dropped)
             if stop is not None:
                 if not thread.pending and stop.reason == "stop_id":
                     thread.family.counters.flush_tokens += 1
@@ -276,6 +280,7 @@ class Loop(ThreadTree):
         assert thread.context is not None
         assert with_keys >= 0, "a sampled token has keys unless it is the last"
         self.cache.rollback(thread.context, with_keys)
+        self._emit_keys(thread, -with_keys, "dropped")
         thread.pending = []
         for values in (thread.token_ids, thread.sampled, thread.logprobs):
             del values[-count:]
@@ -283,15 +288,18 @@ class Loop(ThreadTree):
         thread.budget += count
         thread.family.counters.overshoot_tokens += count
 
-    def _advance(self, thread: Thread, token_ids: Sequence[int]) -> None:
+    def _advance(self, thread: Thread, token_ids: Sequence[int], reason: events.KeysReason) -> None:
         """Notes that these tokens have keys now."""
         context = thread.context
         assert context is not None
         self.cache.advance(context, token_ids)
+        self._emit_keys(thread, len(token_ids), reason)
         if thread.num_to_seal and token_ids:
             thread.num_to_seal -= len(token_ids)
             if thread.num_to_seal == 0:
-                (self.cache.mark if thread.marks else self.cache.seal)(context)
-                thread.marks = False
+                if thread.marks:
+                    self._mark_context(thread, context)
+                else:
+                    self.cache.seal(context)
         counters = thread.family.counters
         counters.max_context_tokens = max(counters.max_context_tokens, context.num_tokens)

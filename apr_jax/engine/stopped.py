@@ -18,16 +18,19 @@ class StoppedThreads(Loop):
         if thread.marks:
             self._flush([thread])
             assert thread.context is not None
-            self.cache.mark(thread.context)
-            thread.marks, thread.num_to_seal = False, 0
+            self._mark_context(thread, thread.context)
+            thread.num_to_seal = 0
 
-    def _suspend(self, thread: Thread, children: list[Thread], spawned: bool) -> None:
+    def _suspend(self, thread: Thread, children: list[Thread]) -> None:
         thread.status = Status.FORKED
         thread.stop = None
         thread.num_forks += 1
         thread.children = children
-        self.emit(events.ForkEvent, thread, child_ids=tuple(child.id for child in children), spawned=spawned)
+        prompts = tuple(tuple(child.prompt_ids) for child in children if child.prompt_ids)
+        self.emit(events.ForkEvent, thread, child_ids=tuple(child.id for child in children), prompts=prompts)
         for child in children:
+            if child.prompt_ids:
+                self._emit_keys(child, len(child.prompt_ids) - len(child.pending), "cached")
             if child.token_ids:
                 self._emit_forced(child, child.token_ids)
 
@@ -52,6 +55,7 @@ class StoppedThreads(Loop):
             return []
         context = thread.context
         assert context is not None
+        before = context.num_tokens
         left = count - min(count, len(thread.pending))
         del thread.pending[-count:]
         while left > context.tail_len:
@@ -70,6 +74,7 @@ class StoppedThreads(Loop):
             del values[-count:]
         thread.is_flushed = False
         thread.family.counters.overshoot_tokens += count
+        self._emit_keys(thread, context.num_tokens - before, "dropped")
         self.emit(events.RewindEvent, thread, num_tokens=count)
         return dropped
 
@@ -114,6 +119,7 @@ class StoppedThreads(Loop):
         )
         last = context.segments[-1].token_ids[-1]
         self.cache.rollback(context, 1)
+        self._emit_keys(thread, -1, "unfed")
         thread.pending = [last]
         thread.family.counters.flush_tokens -= thread.is_flushed
         thread.is_flushed = False

@@ -56,7 +56,10 @@ class ThreadTree:
 
     Args:
       runner: what copies pages to and from host memory (and runs batches, for the loop).
+
+    Attributes:
       listeners: called with every event, in order; of what changes threads they may call `cancel` only.
+      tells_contexts: whether listeners are told of contexts too, which costs host time for every thread and step.
     """
 
     def __init__(self, model_config: ModelConfig, cache_config: CacheConfig, engine_config: EngineConfig, runner: Any):
@@ -73,7 +76,9 @@ class ThreadTree:
             self._note_preemption,
         )
         self.listeners: list[events.Listener] = []
+        self.tells_contexts = False
         self.stats = EngineStats()
+        self._told_contexts: dict[int, tuple[events.SegmentState, ...]] = {}
         self._next_family_id = 0
         self._next_thread_id = 0
         self._stopped: list[Thread] = []  # since the last step's end
@@ -168,6 +173,8 @@ class ThreadTree:
                 self._end(child, Status.CANCELLED if child.status in WANTS_TO_RUN else status)
         if not thread.is_done:
             assert thread.context is not None
+            self._emit_context(thread)
+            self._told_contexts.pop(thread.id, None)
             self.cache.release(thread.context)
             thread.context = None
             thread.slot = None
@@ -198,11 +205,42 @@ class ThreadTree:
             whole_family=whole,
         )
 
-    def _emit_step(self) -> None:
+    def _emit_keys(self, thread: Thread, num_tokens: int, reason: events.KeysReason) -> None:
+        if num_tokens:
+            self.emit(events.KeysEvent, thread, num_tokens=num_tokens, reason=reason, slot=thread.slot)
+
+    def _mark_context(self, thread: Thread, context: Context) -> None:
+        """What follows in the thread's context is its conclusion."""
+        self.cache.mark(context)
+        thread.marks = False
+        self.emit(events.MarkEvent, thread)
+
+    def _emit_context(self, thread: Thread) -> None:
+        """Tells of a live thread's segments if they are not as last told."""
+        if not (self.listeners and self.tells_contexts):
+            return
+        assert thread.context is not None
+        segments = tuple(
+            events.SegmentState(
+                id=s.id,
+                start_position=s.start_position,
+                num_tokens=s.num_tokens,
+                page_ids=tuple(s.pages),
+                num_pages=len(s.pages) or self.cache.num_pages_of([s]),
+            )
+            for s in thread.context.segments
+        )
+        if self._told_contexts.get(thread.id) != segments:
+            self._told_contexts[thread.id] = segments
+            self.emit(events.ContextEvent, thread, segments=segments)
+
+    def _emit_step(self, started_s: float) -> None:
         self.stats.max_unused_slots = max(self.stats.max_unused_slots, self.cache.num_unused_slots)
         for family in self.scheduler.families.values():
             pages = self.scheduler.family_pages(family)
             family.counters.peak_pages = max(family.counters.peak_pages, pages)
+            for thread in family.live if self.tells_contexts else ():
+                self._emit_context(thread)
         if not self.listeners:
             return
         event = events.StepEvent(
@@ -210,6 +248,7 @@ class ThreadTree:
             time_s=time.perf_counter(),
             family_id=-1,
             thread_id=-1,
+            started_s=started_s,
             num_running=len(self.scheduler.threads(Status.RUNNING)),
             num_waiting=len(self.scheduler.threads(Status.WAITING)),
             free_pages=self.cache.pool.num_free,

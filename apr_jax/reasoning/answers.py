@@ -6,8 +6,10 @@ from collections.abc import Callable, Sequence
 
 from apr_jax.engine import events
 from apr_jax.engine.engine import EngineCore
+from apr_jax.engine.joining import joined_len
 from apr_jax.engine.thread import WANTS_TO_RUN, Status, Thread
 from apr_jax.reasoning.deciding import cut_record
+from apr_jax.reasoning.metrics import descendants
 from apr_jax.reasoning.program import (
     Action,
     Append,
@@ -59,10 +61,10 @@ class Answers:
             case Join():
                 self._join(run, thread, action)
             case Keep():
-                self._cancel([child for child in thread.children if child not in action.children])
+                self._cancel(run, [child for child in thread.children if child not in action.children])
                 self._cut(thread, action.children, action.cut)
             case Cancel():
-                self._cancel(action.children)
+                self._cancel(run, action.children)
             case Finish():
                 self._finish(run, thread, action.reason)
             case Wait():
@@ -71,16 +73,17 @@ class Answers:
                 raise TypeError(f"program {run.program.name} answered {action!r} for {thread}")
 
     def _granted(
-        self, run: Run, thread: Thread, tokens: Sequence[int], sampling: SamplingParams | None
+        self, run: Run, thread: Thread, tokens: Sequence[int], sampling: SamplingParams | None, joined: int = 0
     ) -> SamplingParams:
         """The parameters with a budget that keeps the limits; without new ones, the thread's own with what
-        is left.
+        is left. `joined` tokens come into its context before the forced ones.
         """
         if sampling is not None and (reason := self._unsound([sampling])):
             self._degrade(run, thread, f"its own sampling parameters are kept: {reason}")
             sampling = dataclasses.replace(thread.sampling, max_new_tokens=sampling.max_new_tokens)
         wanted = thread.budget if sampling is None else sampling.max_new_tokens
-        granted = 0 if run.is_late else max(0, min(wanted, run.budget.room(thread) - len(tokens)))
+        room = min(run.budget.room(thread), run.budget.context_room(thread) - joined) - len(tokens)
+        granted = 0 if run.is_late else max(0, min(wanted, room))
         if granted == 0 and (sampling is None or wanted > 0):
             run.starved.add(thread.id)
         else:
@@ -159,13 +162,19 @@ class Answers:
     def _join(self, run: Run, thread: Thread, action: Join) -> None:
         children, tokens = list(action.children), action.tokens
         if action.cut is not None:
-            self._cancel([child for child in thread.children if child not in children])
+            self._cancel(run, [child for child in thread.children if child not in children])
             self._cut(thread, children, action.cut)
         room = max(1, run.budget.room(thread))
         if action.mode == "splice" and len(tokens) > room:  # how much children return is not known at the fork
             self._degrade(run, thread, f"{len(tokens)} tokens to splice cut to the {room} that are left")
             tokens = tokens[:room]
-        params = self._granted(run, thread, tokens, action.sampling)
+        joined = joined_len(thread, children, action.mode)
+        params = self._granted(run, thread, tokens, action.sampling, joined)
+        if joined + len(tokens) > (left := run.budget.context_room(thread)):
+            needed = f"a join of {joined + len(tokens)} tokens"
+            self._degrade(run, thread, f"{needed} does not fit the {left} that max_context_tokens leaves")
+            self._end(run, "context")
+            return
         while True:
             try:
                 self.core.join(thread, children, mode=action.mode, tokens=tokens, sampling=params)
@@ -181,9 +190,11 @@ class Answers:
             assert isinstance(answer, Finish) and thread is run.root, f"on_joined answered {answer!r}"
             self._finish(run, thread, answer.reason)
 
-    def _cancel(self, threads: Sequence[Thread]) -> None:
+    def _cancel(self, run: Run, threads: Sequence[Thread]) -> None:
         for thread in threads:
             if not thread.is_done:
+                for each in descendants(thread):
+                    run.budget.note(each)
                 self.core.cancel(thread)
 
     def _cut(self, parent: Thread, kept: Sequence[Thread], limit: int | None) -> None:
@@ -199,7 +210,8 @@ class Answers:
     def _finish(self, run: Run, thread: Thread, reason: str) -> None:
         if thread is run.root:
             out_of_window = len(run.request.token_ids) + run.request.sampling.max_new_tokens
-            if reason == "length" and out_of_window > self.core.model_config.max_position:
+            is_full = out_of_window > self.core.model_config.max_position or run.budget.context_room(thread) <= 0
+            if reason == "length" and is_full:
                 reason = "context"
             self._end(run, reason)
             return
@@ -215,6 +227,8 @@ class Answers:
         if run.is_late and reason not in ("cancelled", "error"):
             reason = "wall_clock"
         run.finish_reason, run.ended_s = reason, self.clock()
+        for thread in run.root.family.live:
+            run.budget.note(thread)
         self._runs.pop(run.root.family.id, None)
         self._done.append(run)
         if reason in ("cancelled", "error") or run.root.status in WANTS_TO_RUN:

@@ -51,7 +51,7 @@ class Driver(Hybrid):
                 self.core.check_sampling(params)
         window = self.core.model_config.max_position
         max_path = max(0, min(request.sampling.max_new_tokens, window - len(request.token_ids)))
-        budget = Budget(request.guards, max_path)
+        budget = Budget(request.guards, max_path, len(request.token_ids))
         sampling = request.sampling if isinstance(action, Fork) else action.sampling or request.sampling
         wanted = sampling.max_new_tokens
         at_once = isinstance(action, Append) and not action.tokens  # else the prompt is prefilled first
@@ -105,6 +105,7 @@ class Driver(Hybrid):
     def _stopped(self, run: Run, thread: Thread) -> None:
         stop = thread.stop
         assert stop is not None
+        run.budget.note(thread)
         if run.first is not None:
             action: Action = run.first
             run.first = None

@@ -12,12 +12,14 @@ Children that were not joined count in L as well: the decision for their sibling
 not wait for lose the tokens beyond it before. Children that were forked and not joined yet count as if they were
 joined now.
 
-Source: the definitions of ThreadWeaver (Lian et al. 2025, arXiv 2512.07843).
+Source: the definitions of ThreadWeaver (Lian et al. 2025, arXiv 2512.07843); those of the sequences are APR's (Pan et
+al. 2025, arXiv 2504.15466), whose longest single sequence is `max_context_tokens` and a last token.
 """
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 
+from apr_jax.engine.joining import flatten
 from apr_jax.engine.thread import Thread
 
 
@@ -33,6 +35,9 @@ class Metrics:
       reprefill_tokens: computed again at joins. flush_tokens: fed only so that a segment could be sealed.
       join_s: host seconds in joins.
       max_context_tokens: the longest context that any token attended to.
+      sequence_tokens: of all sequences, each thread's counted once, however often it was continued: prompts, also
+        those of spawned children, T, and texts that joins computed again.
+      num_children: threads below the root, but for those that only called others (they spawned them).
     """
 
     total_tokens: int
@@ -47,6 +52,8 @@ class Metrics:
     flush_tokens: int
     join_s: float
     max_context_tokens: int
+    sequence_tokens: int
+    num_children: int
 
 
 def critical_path(thread: Thread) -> int:
@@ -77,20 +84,26 @@ def measure(root: Thread, *, wall_s: float, block_spans: Iterable[tuple[int, int
     """
     total, path = total_tokens(root), critical_path(root)
     inside = total - len(root.token_ids) + num_covered(block_spans)
-    counters = root.family.counters
+    counters, threads = root.family.counters, root.family.threads
+    prompt_tokens = sum(len(thread.prompt_ids) for thread in threads)
+    records = [record for thread in threads for record in thread.joins if record.mode == "prefill"]
+    again = sum(len(flatten(child)) for record in records for child in record.children[1:])
+    callers = {thread.parent.id for thread in threads if thread.prompt_ids and thread.parent is not None}
     return Metrics(
         total_tokens=total,
         overshoot_tokens=counters.overshoot_tokens,
         critical_path_tokens=path,
         acceleration_ratio=1 - path / total if total else 0.0,
         parallel_ratio=inside / total if total else 0.0,
-        num_threads=len(root.family.threads),
+        num_threads=len(threads),
         wall_s=wall_s,
         peak_pages=counters.peak_pages,
         reprefill_tokens=counters.reprefill_tokens,
         flush_tokens=counters.flush_tokens,
         join_s=counters.join_s,
         max_context_tokens=counters.max_context_tokens,
+        sequence_tokens=prompt_tokens + total + again,
+        num_children=sum(thread is not root and thread.id not in callers for thread in threads),
     )
 
 

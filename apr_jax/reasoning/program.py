@@ -34,6 +34,9 @@ class Guards:
       max_wall_s: seconds from the submission, looked at after each engine step. Then no token is sampled any more:
         threads are closed and joined as if their budgets were spent, and the request ends with `wall_clock`. What
         it has said by then depends on load. None is no bound.
+      max_context_tokens: tokens that any one token of a request attends to, itself and the prompt's included. A
+        thread that has no room left stops; a join whose context does not fit ends the request. None: the model's
+        context window alone, which bounds positions.
     """
 
     max_depth: int = 5
@@ -43,10 +46,11 @@ class Guards:
     max_family_tokens: int = 1_000_000
     max_family_pages: int | None = None
     max_wall_s: float | None = None
+    max_context_tokens: int | None = None
 
     def __post_init__(self):
         check(self.max_depth >= 0, f"max_depth is {self.max_depth}, must be >= 0")
-        for name in ("max_fan_out", "max_rounds", "max_family_tokens", "max_thread_tokens", "max_family_pages"):
+        for name in (field.name for field in dataclasses.fields(self) if field.name not in ("max_depth", "max_wall_s")):
             value = getattr(self, name)
             check(value is None or value >= 1, f"{name} is {value}, must be >= 1")
         wall_s = self.max_wall_s

@@ -1,6 +1,7 @@
 """What a task offers to the scripts: problems, prompts, a checker."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Protocol
 
 
@@ -21,6 +22,19 @@ class Task(Protocol):
     """Problems with prompts and a checker. Only the task itself looks inside a problem."""
 
     name: str
+    separator: str  # what a step of reasoning ends with, for searches
+
+    @property
+    def fingerprint(self) -> str:
+        """Differs where the same numbers and seeds give other problems."""
+        ...
+
+    @property
+    def accept(self) -> Callable[[str, str], bool] | None:
+        """(prompt, what a thread has said) -> whether that solves the problem, judged without knowing the answer; None
+        where this cannot be told.
+        """
+        ...
 
     def problems(self, num: int, seed: int) -> list[Any]:
         """`num` different problems, determined by the seed; fewer are a prefix of more."""

@@ -1,7 +1,7 @@
 """The Hopper kernels compiled for an H200, without one: nothing spills, and the update is in place.
 
-Needs a Python with the CUDA plugin, which is not this one (JAX would try to use it): APR_CUDA_PYTHON names it. To make
-one: `python -m venv DIR; DIR/bin/pip install jax==V; DIR/bin/pip install --no-deps jax-cuda13-plugin==V
+Needs a Python with the CUDA plugin, which is not this one (JAX would try to use it): APR_AOT_CUDA_PYTHON names it. To
+make one: `python -m venv DIR; DIR/bin/pip install jax==V; DIR/bin/pip install --no-deps jax-cuda13-plugin==V
 jax-cuda13-pjrt==V`, V being the JAX version; nvcc on the path, or CUDA_HOME, names the CUDA toolkit.
 """
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-PYTHON = os.environ.get("APR_CUDA_PYTHON", sys.executable)
+PYTHON = os.environ.get("APR_AOT_CUDA_PYTHON", sys.executable)
 ROOT = Path(__file__).parents[2]
 DECODE, PREFILL = {"rows": 64, "tokens": 1}, {"rows": 4, "tokens": 512}
 
@@ -33,7 +33,7 @@ def has_cuda_plugin() -> bool:
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not has_cuda_plugin(), reason=f"{PYTHON} has no jax_cuda13_plugin (see APR_CUDA_PYTHON)"),
+    pytest.mark.skipif(not has_cuda_plugin(), reason=f"{PYTHON} has no jax_cuda13_plugin (see APR_AOT_CUDA_PYTHON)"),
 ]
 
 

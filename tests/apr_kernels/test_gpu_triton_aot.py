@@ -1,6 +1,6 @@
 """The Triton kernels compiled for cards that are not there: no spill, no copy of the store, matrix units in use.
 
-Needs a Python with the CUDA plugin, as `test_gpu_aot.py` does: APR_CUDA_PYTHON names it.
+Needs a Python with the CUDA plugin, as `test_gpu_aot.py` does: APR_AOT_CUDA_PYTHON names it.
 """
 
 import json
@@ -18,7 +18,7 @@ CARDS = ("a100", "l40s", "h200", "b200")
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not has_cuda_plugin(), reason=f"{PYTHON} has no jax_cuda13_plugin (see APR_CUDA_PYTHON)"),
+    pytest.mark.skipif(not has_cuda_plugin(), reason=f"{PYTHON} has no jax_cuda13_plugin (see APR_AOT_CUDA_PYTHON)"),
 ]
 
 

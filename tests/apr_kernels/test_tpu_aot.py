@@ -1,6 +1,6 @@
 """The TPU's kernels compiled for chips that are not there: they are accepted, and nothing copies the store.
 
-Needs a Python with libtpu: this one, or the one that APR_TPU_PYTHON names.
+Needs a Python with libtpu: this one, or the one that APR_AOT_TPU_PYTHON names.
 """
 
 import json
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-PYTHON = os.environ.get("APR_TPU_PYTHON", sys.executable)
+PYTHON = os.environ.get("APR_AOT_TPU_PYTHON", sys.executable)
 ROOT = Path(__file__).parents[2]
 DECODE, PREFILL = {"rows": 64, "tokens": 1}, {"rows": 4, "tokens": 256}
 QWEN3_8B = {"head_dim": 128, "num_kv_heads": 8, "group": 4}
@@ -32,7 +32,7 @@ def has_libtpu() -> bool:
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not has_libtpu(), reason=f"{PYTHON} has no libtpu (see APR_TPU_PYTHON)"),
+    pytest.mark.skipif(not has_libtpu(), reason=f"{PYTHON} has no libtpu (see APR_AOT_TPU_PYTHON)"),
 ]
 
 

@@ -100,3 +100,17 @@ def test_forced_tokens_may_replace_the_last_ones(drop, max_tail_pages):
         engine.append(root, drop=1)
     with pytest.raises(ValueError, match="99 tokens to drop"):
         engine.append(root, [1], drop=99)
+
+
+def test_tokens_in_host_memory_are_dropped_too():
+    """A whole tail, and what lies sealed before it."""
+    engine = engine_that_counts(max_tail_pages=2)
+    root = submit(engine, 22)
+    engine.scheduler._step_back(root.family)
+    assert all(segment.swapped for segment in root.context.segments)
+    (child,) = engine.fork(root, [[50]], sampling=SamplingParams(max_new_tokens=3), drop=20)
+    engine.cache.check()
+    assert held(root) == [*PROMPT, 1, 2] and held(child) == [*PROMPT, 1, 2, 50]
+    engine.release(root)
+    engine.cache.flush_prefix_cache()
+    assert engine.cache.pool.num_free == engine.cache.pool.total

@@ -27,6 +27,7 @@ class Tree:
             id=len(self.family.threads),
             parent=parent,
             family=self.family,
+            prompt_ids=[],
             token_ids=[],
             joins=[],
             children=[],
@@ -77,7 +78,9 @@ def test_tokens_and_critical_path_equal_a_recount(data):
 
 
 def test_block_spans_count_the_roots_own_tags():
-    root = types.SimpleNamespace(id=0, parent=None, token_ids=list(range(10)), joins=[], children=[], family=None)
+    root = types.SimpleNamespace(
+        id=0, parent=None, prompt_ids=[], token_ids=list(range(10)), joins=[], children=[], family=None
+    )
     root.family = types.SimpleNamespace(threads=[root], counters=Counters())
     assert measure(root, wall_s=0.0, block_spans=[(2, 5), (4, 7)]).parallel_ratio == pytest.approx(0.5)
 

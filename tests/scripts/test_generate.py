@@ -22,6 +22,8 @@ METRICS = [
     "flush_tokens",
     "join_s",
     "max_context_tokens",
+    "sequence_tokens",
+    "num_children",
 ]
 
 
@@ -97,6 +99,8 @@ def test_samples_differ_and_are_reproducible(tmp_path, countdown):
         ((), "--prompt is needed with --checkpoint="),
         (("--prompt=x", "--output_json={folder}/missing/out.json"), "there is no directory"),
         (("--prompt=x", "--output_json={folder}"), "it is there, and no file"),
+        (("--prompt=x", "--trace=out.txt"), "--trace=out.txt ends in none of .html, .json"),
+        (("--prompt=x", "--trace={folder}/missing/out.html"), "there is no directory"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, model, args, message):

@@ -33,10 +33,11 @@ class BestOfN(Strategy):
 
     def on_child(self, parent: Thread, ended: Sequence[Thread], running: Sequence[Thread]) -> Join | Cancel | Wait:
         judged = self._judged.get(parent.family, {})
-        if self.options.accept is not None:
+        waits = self.options.waits
+        if self.options.accept is not None and not (waits and running):
             decision = first(lambda child: judged[child.id][0]).decide(ended, running)
             if decision is not None and decision.cut is not None:
-                return self._select(parent, decision.children, decision.cut)
+                return self._select(parent, decision.children, None if waits else decision.cut)
         if not ended:
             return self._select(parent, []) if not running else Wait()
         best = max(ended, key=lambda child: (judged[child.id][1], -ordinal(child)))

@@ -84,6 +84,8 @@ class StrategyOptions:
       extract_answer: from a sample's text to what is voted on; None: the text without white space around.
       score: of a text, higher is better; None: the mean log-probability of its sampled tokens.
       accept: (prompt, text) of a sample that ends the search at once, such as a task's checker.
+      waits: of `best_of_n`: whether all samples are heard though one was accepted already. The same answer at a higher
+        price, for comparison.
       separator: what a step of the searches ends with.
       beam_width: candidates that the searches go on with; each continues num_samples // beam_width times.
       max_steps: of the searches.
@@ -94,6 +96,7 @@ class StrategyOptions:
     extract_answer: Callable[[str], str | None] | None = None
     score: Callable[[str], float] | None = None
     accept: Callable[[str, str], bool] | None = None
+    waits: bool = False
     separator: str = "\n"
     beam_width: int = 2
     max_steps: int = 16

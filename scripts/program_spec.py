@@ -1,0 +1,122 @@
+"""How a program is spelled on the command line: `NAME+option=value+option=value`.
+
+    multiverse                          as the model was trained
+    multiverse+when=first               a join happens at the first path that solves the problem
+    multiverse+join=conclusion          only conclusions are kept at joins
+    best_of_n+score=checker             samples are judged by the task's checker, the first right one ends the others
+    best_of_n+score=checker+when=all    the same, but all samples are heard
+
+Variants of one program stand side by side in one table under the names that they were spelled with.
+"""
+
+import dataclasses
+import re
+from typing import Literal, cast, get_args
+
+from apr_jax.config import check
+from apr_jax.engine.thread import JoinMode
+from apr_jax.reasoning.deciding import Accept, All, Deadline, Quorum, When, first
+from apr_jax.reasoning.grammars.apr import AprProgram
+from apr_jax.reasoning.grammars.declaration import GRAMMAR_JOINS
+from apr_jax.reasoning.programs import PROGRAM_NAMES, STRATEGIES
+
+PROGRAM_HELP = f"{', '.join(PROGRAM_NAMES)}, or a grammar's file.toml"
+WHEN_HELP = "all, first, quorum:K or deadline:TOKENS"
+STRATEGY_OPTIONS = {name: ("num_samples", "score") for name in STRATEGIES} | {
+    "self_consistency": ("num_samples",),
+    "best_of_n": ("num_samples", "score", "when"),
+    "skeleton_of_thought": (),
+}
+Score = Literal["logprob", "checker"]
+_OPTION = re.compile(r"\+(?=\w+=)")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProgramSpec:
+    """A program and how it is to differ from its default.
+
+    Attributes:
+      label: as it was spelled.
+      join, when: of a grammar's threads. Of best_of_n, `when` is `first` or `all`.
+      num_samples: of a strategy.
+      score: of a strategy: what says which sample is best.
+    """
+
+    label: str
+    name: str
+    join: JoinMode | None = None
+    when: str | None = None
+    num_samples: int | None = None
+    score: Score = "logprob"
+
+    @property
+    def is_strategy(self) -> bool:
+        return self.name in STRATEGIES
+
+    @property
+    def has_joins(self) -> bool:
+        """Whether `when` says something; `join` does too, of all but APR."""
+        return self.name != "sequential" and not self.is_strategy
+
+
+def read_spec(text: str) -> ProgramSpec:
+    """Raises ValueError for what is no program, or an option that does not go with it."""
+    name, *options = _OPTION.split(text)
+    known = name in PROGRAM_NAMES or name.endswith(".toml")
+    check(known, f"--program={name} is not one of {PROGRAM_HELP}")
+    spec = ProgramSpec(label=text, name=name)
+    allowed = STRATEGY_OPTIONS.get(name, ())
+    if spec.has_joins:
+        allowed = ("when",) if name == AprProgram.name else ("join", "when")
+    seen = set()
+    for option in options:
+        key, _, value = option.partition("=")
+        takes = f"takes {', '.join(allowed)}" if allowed else "takes none"
+        check(key in allowed, f"--program={text}: {name} has no option {key!r}, it {takes}")
+        check(key not in seen, f"--program={text}: {key} is there twice")
+        seen.add(key)
+        spec = _with_option(spec, key, value)
+    if spec.is_strategy and spec.when is not None:
+        check(
+            spec.score == "checker", f"--program={text}: when goes with score=checker, nothing else ends samples early"
+        )
+        check(spec.when in ("all", "first"), f"--program={text}: when is {spec.when!r}, must be all or first")
+    return spec
+
+
+def _with_option(spec: ProgramSpec, key: str, value: str) -> ProgramSpec:
+    where = f"--program={spec.label}: {key} is {value!r}"
+    if key == "join":
+        check(value in GRAMMAR_JOINS, f"{where}, must be one of {', '.join(GRAMMAR_JOINS)}")
+        return dataclasses.replace(spec, join=cast(JoinMode, value))
+    if key == "when":
+        read_when(value, None, where)
+        return dataclasses.replace(spec, when=value)
+    if key == "score":
+        check(value in get_args(Score), f"{where}, must be one of {', '.join(get_args(Score))}")
+        return dataclasses.replace(spec, score=cast(Score, value))
+    check(value.isdecimal() and int(value) >= 1, f"{where}, must be a number >= 1")
+    return dataclasses.replace(spec, num_samples=int(value))
+
+
+def read_when(text: str, accept: Accept | None, where: str | None = None) -> When:
+    """When joins happen.
+
+    Args:
+      accept: which children `first` and `quorum` count; None: all.
+      where: what the text is, for a message.
+
+    Raises:
+      ValueError: it is none of WHEN_HELP.
+    """
+    kind, colon, number = text.partition(":")
+    valid = not colon if kind in ("all", "first") else number.isdecimal() and int(number) >= 1
+    check(kind in ("all", "first", "quorum", "deadline") and valid, f"{where or repr(text)}, must be {WHEN_HELP}")
+    match kind:
+        case "all":
+            return All()
+        case "first":
+            return first(accept)
+        case "quorum":
+            return Quorum(count=int(number), accept=accept)
+    return Deadline(int(number))
