@@ -20,7 +20,9 @@ def get_config() -> config_dict.ConfigDict:
         max_len=2048,
         keep_easy=0.4,
         shares=(1.0, 1.0, 0.8, 1.0, 1.2),  # sequential, multiverse, npr, threadweaver, apr
-        conclusion_share=0.25,
+        conclusion_share=0.2,
+        first_share=0.2,
+        off_share=0.15,
         other_share=0.06,
         drill_share=0.3,
         num_drilled=20_000,

@@ -23,8 +23,8 @@ others each block of lines behind a failed opening is forked:
                     <Thread>\\n1: ... => none</Thread><Thread>\\n2: ...</Thread>\\n
                     <Conclusion>2:</Conclusion>\\n</Parallel> ... </think> => equations
 
-where the conclusion names the first path that matched, or ` none`, upon which the next block follows. APR's texts are
-in `countdown_apr`.
+where the conclusion names the first path that matched, or ` none`, upon which the next block follows. Where a thread
+may not fork, its lines follow one another as in the sequential format. APR's texts are in `countdown_apr`.
 """
 
 import dataclasses
@@ -208,24 +208,33 @@ _THREADWEAVER = Tags(
 FORMATS = {tags.mode: tags for tags in (_MULTIVERSE, _NPR, _THREADWEAVER)}
 
 
-def render_blocks(tree: ReasoningTree, tags: Tags) -> Trace:
-    """The search with each block's lines side by side, up to the first block that holds a match."""
+def render_blocks(tree: ReasoningTree, tags: Tags, max_forks: int | None = None) -> Trace:
+    """The search with each block's lines side by side, up to the first block that holds a match.
+
+    Args:
+      max_forks: blocks beyond these are written as lines one after another, as a thread that may not fork has to.
+    """
     prompt = [BOS, *prompt_pieces(tree.problem, tags.mode)]
     parts: list[Span | Block] = []
     pieces, forced = [*prompt, *tags.begin, *opening_pieces(tree)], len(prompt)
-    for lines in tree.blocks if tree.opening.solution is None else ():
-        pieces += [*([" ;"] if not parts else []), *tags.plan]
-        for i, (label, line) in enumerate(zip(LABELS, lines, strict=False)):
-            opened, closed = tags.outline
-            pieces += [*(tags.between if i else ()), opened, label, *step_pieces(line.steps[0]), closed]
-        parts.append(Span((*pieces, *tags.trigger), forced))
-        if tags.before_fork:
-            parts.append(Span(tags.before_fork, len(tags.before_fork)))
-        branches = tuple(_branch(label, line, tags) for label, line in zip(LABELS, lines, strict=False))
-        parts.append(Block(branches, "prefill" if tags.join == "prefill" else "stitch"))
-        winner = next((label for label, line in zip(LABELS, lines, strict=False) if line.solution), None)
-        pieces, forced = [*tags.after_join, *tags.conclusion, winner or NONE, *tags.end], len(tags.after_join)
-        if winner:
+    for number, lines in enumerate(tree.blocks if tree.opening.solution is None else ()):
+        won = next((i for i, line in enumerate(lines) if line.solution), None)
+        if max_forks is not None and number >= max_forks:
+            for line in lines if won is None else lines[: won + 1]:
+                pieces += [" ;", *line_pieces(line)]
+        else:
+            pieces += [*([" ;"] if not parts else []), *tags.plan]
+            for i, (label, line) in enumerate(zip(LABELS, lines, strict=False)):
+                opened, closed = tags.outline
+                pieces += [*(tags.between if i else ()), opened, label, *step_pieces(line.steps[0]), closed]
+            parts.append(Span((*pieces, *tags.trigger), forced))
+            if tags.before_fork:
+                parts.append(Span(tags.before_fork, len(tags.before_fork)))
+            branches = tuple(_branch(label, line, tags) for label, line in zip(LABELS, lines, strict=False))
+            parts.append(Block(branches, "prefill" if tags.join == "prefill" else "stitch", chosen=won))
+            winner = NONE if won is None else LABELS[won]
+            pieces, forced = [*tags.after_join, *tags.conclusion, winner, *tags.end], len(tags.after_join)
+        if won is not None:
             break
     return (*parts, Span((*pieces, *tags.finish, *answer_pieces(tree.solution)), forced))
 

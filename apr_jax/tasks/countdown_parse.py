@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 from apr_jax.tasks.countdown_apr import CALLING, END_RESULTS, RESULTS
 from apr_jax.tasks.countdown_format import FORMATS, Tags
-from apr_jax.tasks.countdown_vocabulary import BOS, EOS, LABELS, MARKER, MODES, NODES, vocabulary
+from apr_jax.tasks.countdown_vocabulary import BOS, EOS, LABELS, MARKER, MODES, NODES, NONE, vocabulary
 from apr_jax.tasks.trace import Block, Span, Trace
 
 _N, _S = r" \d{1,3}", r" (?:\d{1,3}|\.)"
@@ -71,7 +71,8 @@ def _whole(tags: Tags) -> re.Pattern[str]:
     block, _ = _patterns(tags)
     begin, finish = _joined(tags.begin), _joined(tags.finish)
     solved = rf"{begin}{_SOLVED_OPENING}{finish}{_ANSWER}"
-    return re.compile(rf"{solved}|{begin}{_FAILED_OPENING}(?: ;(?:{block})+)?{finish}(?:{_ANSWER}|{_NONE})")
+    lines = rf"(?: ;{_FAILED})*(?: ;{_SOLVED})?"  # of a thread that may not fork
+    return re.compile(rf"{solved}|{begin}{_FAILED_OPENING}(?: ;(?:{block})+)?{lines}{finish}(?:{_ANSWER}|{_NONE})")
 
 
 _WHOLE = {name: _whole(tags) for name, tags in FORMATS.items()}
@@ -189,13 +190,14 @@ def _parts(head: list[str], body: str, tags: Tags) -> Iterator[Span | Block]:
         while match := branch.match(body):
             branches.append(_branch(match[0], tags))
             body = body[match.end() :]
-        yield Block(tuple(branches), "prefill" if tags.join == "prefill" else "stitch")
+        solved = (i for i, each in enumerate(branches) if NONE not in each[0].pieces)
+        yield Block(tuple(branches), "prefill" if tags.join == "prefill" else "stitch", chosen=next(solved, None))
         pieces, forced = list(tags.after_join), len(tags.after_join)
         body = body.removeprefix("".join(tags.after_join))
     yield Span((*pieces, *pieces_of(body)), forced)
 
 
-def _branch(text: str, tags: Tags) -> Trace:
+def _branch(text: str, tags: Tags) -> tuple[Span]:
     pieces = pieces_of(text)
     return (Span(pieces, forced=len(tags.header) + 1, kept=pieces.index(MARKER) + 1),)
 

@@ -33,11 +33,13 @@ class Block:
       join: `stitch` (or `conclusion`, where branches have a kept end): positions go on behind the longest branch.
         `prefill`: branches are read one after another. `splice`: there is one branch, the call, which nothing behind it
         sees; what it calls are `searches`, traces that share no context with it.
+      chosen: the branch that a join of the first success takes, if one succeeds.
     """
 
     branches: tuple["Trace", ...]
     join: Literal["stitch", "prefill", "splice"] = "stitch"
     searches: tuple["Trace", ...] = ()
+    chosen: int | None = None
 
 
 Trace = tuple[Span | Block, ...]

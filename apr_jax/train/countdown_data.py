@@ -6,6 +6,7 @@ import functools
 import numpy as np
 
 from apr_jax.tasks.countdown import Problem, ProblemConfig, draw_problem
+from apr_jax.tasks.countdown_format import FORMATS, render_blocks
 from apr_jax.tasks.countdown_renderings import RENDERINGS
 from apr_jax.tasks.countdown_search import search
 from apr_jax.tasks.countdown_sets import held_out_problems
@@ -26,7 +27,9 @@ class CountdownSamples:
       max_len: traces with a longer row are left out.
       keep_easy: share kept of the problems that the opening solves (nearly half of all, and short).
       shares: how often each rendering is chosen, in the order of RENDERINGS; need not sum to 1.
-      conclusion_share: of the multiverse ones, those joined by conclusion.
+      conclusion_share: of the stitched ones, those joined by conclusion; first_share: those joined where the first
+        branch solves.
+      off_share: of those with blocks, those that write some or all as lines, as a thread does that may not fork.
       other_share: of problems with 3 or 5 numbers, as many of each; the others have 4.
       drill_share: of the first `num_drilled` samples, those that are drills instead (see `countdown_drills`).
     """
@@ -35,7 +38,9 @@ class CountdownSamples:
     max_len: int = 2048
     keep_easy: float = 0.5
     shares: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0, 1.0)
-    conclusion_share: float = 0.25
+    conclusion_share: float = 0.2
+    first_share: float = 0.2
+    off_share: float = 0.1
     other_share: float = 0.0
     drill_share: float = 0.0
     num_drilled: int = 0
@@ -47,7 +52,7 @@ class CountdownSamples:
     def __call__(self, index: int) -> list[Row]:
         """The rows of sample number `index`; none if it is left out."""
         rng = np.random.default_rng((self.seed, index, 1))
-        drill, size, keep, conclusion = rng.random(4)
+        drill, size, keep, join_draw, off = rng.random(5)
         if index < self.num_drilled and drill < self.drill_share:
             return flatten(draw_drill(rng), PIECE_IDS.__getitem__)
         num_numbers = 4 if size >= self.other_share else 3 if size < self.other_share / 2 else 5
@@ -56,9 +61,14 @@ class CountdownSamples:
         if tree.opening.solution is not None and keep >= self.keep_easy:
             return []
         shares = np.asarray(self.shares) / sum(self.shares)
-        render = list(RENDERINGS.values())[rng.choice(len(RENDERINGS), p=shares)]
-        join = "conclusion" if conclusion < self.conclusion_share else "stitch"
-        rows = flatten(render(tree), PIECE_IDS.__getitem__, join)
+        program = list(RENDERINGS)[rng.choice(len(RENDERINGS), p=shares)]
+        if program in FORMATS and tree.blocks and off < self.off_share:
+            trace = render_blocks(tree, FORMATS[program], max_forks=int(rng.integers(min(2, len(tree.blocks)))))
+        else:
+            trace = RENDERINGS[program](tree)
+        joins = {"conclusion": self.conclusion_share, "first": self.conclusion_share + self.first_share}
+        join = next((name for name, bound in joins.items() if join_draw < bound), "stitch")
+        rows = flatten(trace, PIECE_IDS.__getitem__, join)
         return rows if max(map(len, rows)) <= self.max_len else []
 
 

@@ -20,6 +20,7 @@ import numpy as np
 
 from apr_jax.tasks.trace import Block, Span, Trace
 
+JOINS = ("stitch", "conclusion", "first")
 FIELDS = ("tokens", "positions", "end", "hide_from", "hide_to", "loss")
 
 
@@ -47,13 +48,14 @@ def flatten(trace: Trace, piece_id: Callable[[str], int], join: str = "stitch") 
 
     Args:
       piece_id: maps a piece to its token id.
-      join: "stitch" or "conclusion", for blocks that are stitched.
+      join: for blocks that are stitched: "stitch", "conclusion", or "first": where a branch is chosen, what follows
+        sees no other.
 
     Raises:
       ValueError: an unknown join, or a block inside a branch.
     """
-    if join not in ("stitch", "conclusion"):
-        raise ValueError(f"join is {join!r}, must be 'stitch' or 'conclusion'")
+    if join not in JOINS:
+        raise ValueError(f"join is {join!r}, must be one of {', '.join(JOINS)}")
     writer = _Writer(piece_id)
     position, searches = 0, []
     for part in trace:
@@ -129,6 +131,11 @@ def _stitch(writer: _Writer, block: Block, position: int, join: str) -> int:
         writer.hide(start, stop, stop, len(writer))
         if join == "conclusion" and kept is not None:
             writer.end_here(start, kept)
+    if join == "first" and block.chosen is not None:
+        for i, (start, stop, *_) in enumerate(written):
+            if i != block.chosen:
+                writer.end_here(start, stop)
+        written = [written[block.chosen]]
     return max([position, *(after for *_, after in written)])
 
 

@@ -10,7 +10,7 @@ from apr_jax.reasoning.grammars.apr import read_nodes, winning_path
 from apr_jax.reasoning.programs import GRAMMARS
 from apr_jax.tasks.countdown import Problem, check_equations, draw_problems, parse_equations
 from apr_jax.tasks.countdown_features import initial_embedding
-from apr_jax.tasks.countdown_format import FORMATS, extract_answer, render_sequential
+from apr_jax.tasks.countdown_format import FORMATS, extract_answer, render_blocks, render_sequential
 from apr_jax.tasks.countdown_parse import parse_trace, search_error, structure_error, well_formed
 from apr_jax.tasks.countdown_renderings import RENDERINGS, prompt_of
 from apr_jax.tasks.countdown_search import ReasoningTree, search
@@ -70,6 +70,21 @@ def test_every_rendering_parses_back_to_itself(problem):
         else:
             equations = parse_equations(answer or "")
             assert equations == list(tree.solution) and check_equations(problem, equations) is None
+
+
+@settings(max_examples=20, deadline=None)
+@given(problem=problems(), max_forks=st.integers(0, 3))
+def test_what_may_not_fork_is_written_line_by_line(problem, max_forks):
+    tree = search(problem)
+    sequential = trace_text(render_sequential(tree)).partition("->")[2].removesuffix(EOS)
+    for name, tags in FORMATS.items():
+        trace = render_blocks(tree, tags, max_forks)
+        text = trace_text(trace)
+        assert structure_error(text) is None and parse_trace(text) == trace
+        assert len(blocks_of(trace)) == min(max_forks, len(blocks_of(RENDERINGS[name](tree))))
+        if max_forks == 0:
+            plain = text.replace("<think>", "").replace("</think>", "").partition("->")[2].removesuffix(EOS)
+            assert plain == sequential
 
 
 def test_all_renderings_write_the_same_lines():

@@ -11,7 +11,7 @@ from apr_jax.tasks.countdown_renderings import RENDERINGS
 from apr_jax.tasks.countdown_search import search
 from apr_jax.tasks.trace import Block, Span
 from apr_jax.train.countdown_data import PAD_ID, PIECE_IDS
-from apr_jax.train.packing import batches, flatten, pack, stack, visible
+from apr_jax.train.packing import JOINS, batches, flatten, pack, stack, visible
 
 SMALL = (
     Span(("p", "q", "a", "<g>"), forced=2),
@@ -59,8 +59,9 @@ def definition(trace, join: str = "stitch"):
             marked = can_drop and any(span.kept is not None for span in branch)
             kept.append(own[start_kept:] if marked else own[start:])
         if part.join == "stitch":
-            seen += [entry for branch in kept for entry in branch]
-            position = max(ends)
+            taken = range(len(kept)) if join != "first" or part.chosen is None else [part.chosen]
+            seen += [entry for i in taken for entry in kept[i]]
+            position = max(ends[i] for i in taken)
         elif part.join == "prefill":
             for ordinal, branch in enumerate(kept):
                 for piece, _ in branch:
@@ -72,7 +73,7 @@ def definition(trace, join: str = "stitch"):
         yield from (("search", *entry[1:]) for entry in definition(search_trace))
 
 
-@pytest.mark.parametrize("join", ["stitch", "conclusion"])
+@pytest.mark.parametrize("join", JOINS)
 def test_rows_follow_the_definition(join):
     cases = [(SMALL, IDS)] + [(trace, PIECE_IDS) for trace in traces(2)]
     assert {part.join for trace, _ in cases for part in trace if isinstance(part, Block)} == {
