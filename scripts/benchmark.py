@@ -8,9 +8,13 @@ off. Ours and theirs take turns, medians are reported. The last line is one JSON
 Case `self_consistency_nN_promptP` votes among N samples of one prompt of P tokens, against the same N requests in one
 batch with the prefix cache off: wall clock from the prompt to the last token.
 
+Case `hybrid_{off,on,auto}_requestsN` answers --num_problems Countdown problems for N clients at once, with forks
+forbidden, allowed, or as load allows.
+
 Examples:
   python scripts/benchmark.py
   python scripts/benchmark.py --cases=self_consistency_n16_prompt512,self_consistency_n16_prompt2048 --num_tokens=64
+  python scripts/benchmark.py --cases=hybrid_off_requests8,hybrid_on_requests8,hybrid_auto_requests8
   python scripts/benchmark.py --cases=decode_threads8_prefix512 --num_tokens=64 --repeats=5 --output_json=out.json
 """
 
@@ -30,13 +34,14 @@ import jax
 import loading
 import numpy as np
 from absl import flags
+from hybrid_cases import hybrid_table, run_hybrid
 from json_output import check_output_path, write_json
 from loading import load_engine
 from rich.console import Console
 from rich.table import Table
 
 from apr_jax import Engine, SamplingParams
-from apr_jax.config import check
+from apr_jax.config import EngineConfig, check
 from apr_jax.models.checkpoint import load_decoder
 from apr_jax.models.hf import export_hf
 from apr_jax.reasoning.programs import make_program
@@ -46,10 +51,12 @@ _CHECKPOINT = flags.DEFINE_string("checkpoint", "countdown", "A preset's name or
 _CASES = flags.DEFINE_list(
     "cases",
     [f"decode_threads{n}_prefix512" for n in (1, 8, 32)],
-    "Names of the form decode_threads{N}_prefix{P} or self_consistency_n{N}_prompt{P}.",
+    "Of the forms decode_threads{N}_prefix{P}, self_consistency_n{N}_prompt{P} and hybrid_{off,on,auto}_requests{N}.",
 )
 _DECODE = r"decode_threads(\d+)_prefix(\d+)"
 _VOTE = r"self_consistency_n(\d+)_prompt(\d+)"
+_HYBRID = r"hybrid_(off|on|auto)_requests([1-9]\d*)"
+_NUM_PROBLEMS = flags.DEFINE_integer("num_problems", 128, "Problems of a hybrid case, at least one a client.")
 _NUM_TOKENS = flags.DEFINE_integer("num_tokens", 128, "Tokens that each thread decodes.")
 _REPEATS = flags.DEFINE_integer("repeats", 3, "Timed runs of each; medians are reported.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of the random prompt.")
@@ -61,14 +68,22 @@ flags.adopt_module_key_flags(loading)
 def main() -> None:
     check(_NUM_TOKENS.value >= 2, f"--num_tokens={_NUM_TOKENS.value}, must be >= 2")
     check(_REPEATS.value >= 1, f"--repeats={_REPEATS.value}, must be >= 1")
+    check(_NUM_PROBLEMS.value >= 1, f"--num_problems={_NUM_PROBLEMS.value}, must be >= 1")
+    loops = [(found[1], int(found[2])) for name in _CASES.value if (found := re.fullmatch(_HYBRID, name))]
     votes = [_parse_case(name, _VOTE) for name in _CASES.value if re.fullmatch(_VOTE, name)]
-    cases = [_parse_case(name, _DECODE) for name in _CASES.value if not re.fullmatch(_VOTE, name)]
+    cases = [_parse_case(name, _DECODE) for name in _CASES.value if not re.fullmatch(f"{_VOTE}|{_HYBRID}", name)]
     output_path = check_output_path(_OUTPUT_JSON.value) if _OUTPUT_JSON.value else None
-    engine = load_engine(_CHECKPOINT.value, max_threads=max((n for n, _ in cases + votes), default=1))
+    threads = [n for n, _ in cases + votes] + [EngineConfig.max_threads] * bool(loops)
+    engine = load_engine(_CHECKPOINT.value, max_threads=max(threads, default=1))
     baseline = _load_baseline(_CHECKPOINT.value) if cases else None
     with cli.profile():
         results = [_run_case(engine, baseline, n, prefix) for n, prefix in cases]
         results += [_run_vote(engine, n, prompt_len) for n, prompt_len in votes]
+        if loops:
+            engine.warm_up()
+            looped = [run_hybrid(engine, parallelism, n, max(n, _NUM_PROBLEMS.value)) for parallelism, n in loops]
+            Console().print(hybrid_table(looped))
+            results += looped
     _show(results)
     summary = {
         "cases": results,
@@ -90,7 +105,7 @@ def main() -> None:
 def _parse_case(name: str, pattern: str) -> tuple[int, int]:
     found = re.fullmatch(pattern, name)
     if not found:
-        like = "decode_threads8_prefix512 or self_consistency_n16_prompt512"
+        like = "decode_threads8_prefix512, self_consistency_n16_prompt512 or hybrid_auto_requests8"
         raise ValueError(f"--cases has {name!r}, must be like {like}")
     num_threads, prefix_len = int(found[1]), int(found[2])
     check(num_threads >= 1 and prefix_len >= 1, f"--cases has {name!r}: both numbers must be >= 1")

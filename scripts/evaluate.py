@@ -25,7 +25,7 @@ from absl import flags, logging
 from evaluation_output import check_output_dir, console_table, progress, write_output
 from json_output import check_output_path, write_json
 from loading import load_engine
-from program_flags import PROGRAM_HELP, check_program, chosen_program
+from program_flags import PROGRAM_HELP, check_program, chosen_program, request_fields
 from rich.console import Console
 from sampling_flags import sampling_params
 from task_flags import chosen_task
@@ -80,6 +80,7 @@ for module in (sampling_flags, loading, program_flags, task_flags):
 
 def main() -> None:
     sampling = sampling_params(_SEED.value)
+    fields = request_fields()
     names = list(dict.fromkeys(_PROGRAM.value))
     check(bool(names), f"--program is empty, name some of {PROGRAM_HELP}")
     for name in names:
@@ -98,7 +99,7 @@ def main() -> None:
     entries = [_entry(engine, name, task) for name in names]
     settings = common_settings(engine, task, _CHECKPOINT.value, sampling, _NUM_SAMPLES.value, program_flags.defaults())
     with RecordStore(settings, None if output_dir is None else output_dir / RECORDS_FILE) as store:
-        evaluation = Evaluation(engine, task, problems, sampling, store)
+        evaluation = Evaluation(engine, task, problems, sampling, store, **fields)
         results = _run(evaluation, entries, budgets)
     title = f"{task.name}: {len(problems)} problems (seed {_SEED.value}), model {Path(_CHECKPOINT.value).name}"
     content = _write(task, title, len(problems), results, settings, output_dir)

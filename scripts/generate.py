@@ -5,6 +5,7 @@ Without a flag the embedded model solves a Countdown problem: combine all the nu
 Examples:
   python scripts/generate.py
   python scripts/generate.py --prompt='5 17 38 60 -> 24' --program=sequential
+  python scripts/generate.py --parallelism=off --max_wall_s=10
   python scripts/generate.py --temperature=0.8 --num_samples=4 --output_json=out.json
   python scripts/generate.py --trace=out.html
   python scripts/generate.py --checkpoint=checkpoints/qwen3_8b --prompt='Solve x^2 = 2.' --max_new_tokens=2048
@@ -22,7 +23,7 @@ import trace_output
 from absl import flags
 from json_output import check_output_path, write_json
 from loading import load_engine
-from program_flags import PROGRAM_HELP, check_program, chosen_program
+from program_flags import PROGRAM_HELP, check_program, chosen_program, request_fields
 from rich.console import Console
 from rich.table import Table
 from sampling_flags import sampling_params
@@ -59,6 +60,7 @@ _OUTPUT_JSON = flags.DEFINE_string("output_json", None, "Write the result into t
 
 def main() -> None:
     sampling = sampling_params(_SEED.value)
+    request_fields()  # refused before a model is loaded
     check_program(_PROGRAM.value)
     check(_NUM_SAMPLES.value is None or _NUM_SAMPLES.value >= 1, f"--num_samples={_NUM_SAMPLES.value}, must be >= 1")
     checkpoint_directory(Path(_CHECKPOINT.value).expanduser())  # refused before anything else is asked for
@@ -117,7 +119,11 @@ def _generate(
     with Driver(engine) as driver:
         runs = [
             driver.submit(
-                Request(token_ids=token_ids, sampling=dataclasses.replace(sampling, seed=sampling.seed + i)),
+                Request(
+                    token_ids=token_ids,
+                    sampling=dataclasses.replace(sampling, seed=sampling.seed + i),
+                    **request_fields(),
+                ),
                 program,
             )
             for i in range(num_answers)

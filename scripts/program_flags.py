@@ -1,6 +1,7 @@
 """The flags that say how a model reasons, shared by the scripts that generate."""
 
-from typing import cast
+import dataclasses
+from typing import Any, cast, get_args
 
 from absl import flags
 from program_spec import PROGRAM_HELP as PROGRAM_HELP
@@ -10,7 +11,7 @@ from apr_jax import Engine
 from apr_jax.config import check
 from apr_jax.engine.thread import JoinMode
 from apr_jax.reasoning.deciding import by_text
-from apr_jax.reasoning.program import Program
+from apr_jax.reasoning.program import Guards, Parallelism, Program
 from apr_jax.reasoning.programs import make_program
 from apr_jax.reasoning.strategies.options import StrategyOptions
 from apr_jax.tasks.task import Task
@@ -24,11 +25,44 @@ _WHEN = flags.DEFINE_string(
     f"When a grammar's threads are joined: {WHEN_HELP}. first and quorum count threads that solve the task's problem, "
     "where the task can tell, else any that has ended.",
 )
+_PARALLELISM = flags.DEFINE_enum(
+    "parallelism",
+    "on",
+    list(get_args(Parallelism)),
+    "Whether the model may fork: off bans what leads to it, auto lets it where the engine is not busy.",
+)
+_BOUNDS = {
+    "max_depth": "Forks above a thread.",
+    "max_fan_out": "Children of one fork.",
+    "max_rounds": "Forks of one thread.",
+    "max_thread_tokens": "Tokens of one thread.",
+    "max_family_tokens": "Tokens of all threads of a request.",
+    "max_context_tokens": "Tokens that any one token attends to, the prompt's included.",
+    "max_family_pages": "KV pages of all threads of a request.",
+}
+_GUARDS: dict[str, flags.FlagHolder] = {
+    name: flags.DEFINE_integer(name, getattr(Guards(), name), f"{text} Beyond it a request goes on in plain text.")
+    for name, text in _BOUNDS.items()
+}
+_GUARDS["max_wall_s"] = flags.DEFINE_float("max_wall_s", None, "Seconds of a request; then it ends with what it has.")
 
 
-def defaults() -> dict[str, str | None]:
-    """What the flags say for programs that do not say it themselves."""
-    return {"join": _JOIN.value, "when": _WHEN.value}
+def request_fields() -> dict[str, Any]:
+    """Of `Request`: what the flags say of its bounds and its parallelism.
+
+    Raises:
+      ValueError: a bound is out of its range.
+    """
+    bounds: dict[str, Any] = {name: flag.value for name, flag in _GUARDS.items()}
+    guards = Guards(**bounds)
+    return {"guards": guards, "parallelism": _PARALLELISM.value}
+
+
+def defaults() -> dict[str, Any]:
+    """What the flags say for programs that do not say it themselves, and for all requests."""
+    fields = request_fields()
+    guards = {"guards": dataclasses.asdict(fields["guards"])}
+    return {"join": _JOIN.value, "when": _WHEN.value, **fields, **guards}
 
 
 def check_program(text: str) -> ProgramSpec:

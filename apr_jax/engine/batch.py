@@ -158,7 +158,8 @@ def decode_batch(
         ints["num_forced"][row] = len(pending)
         ints["position"][row] = thread.context.next_position
         ints["capacity"][row] = capacity[thread.id]
-        ints["budget"][row] = thread.budget if len(thread.pending) <= num_steps else 0
+        left = min(1, thread.budget) if thread.avoided_ids else thread.budget  # ids are avoided in one place only
+        ints["budget"][row] = left if len(thread.pending) <= num_steps else 0
         ints["num_sampled"][row] = thread.num_sampled
         ints["top_k"][row] = params.top_k
         floats["temperature"][row] = params.temperature
@@ -169,7 +170,8 @@ def decode_batch(
         stops = drained + ([] if params.ignore_eos else [i for i in dict.fromkeys(eos_ids) if i not in drained])
         stop_ids[row, : len(stops)] = stops
         drain[row, : len(drained)] = True
-        banned_ids[row, : len(params.banned_ids)] = params.banned_ids
+        banned = (*params.banned_ids, *thread.avoided_ids)
+        banned_ids[row, : len(banned)] = banned
         key[row] = thread.key()
         wants_logprobs[row] = params.logprobs
     return DecodeBatch(

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 from apr_jax.config import check
 from apr_jax.engine import events
+from apr_jax.engine.detours import Detours
 from apr_jax.engine.joining import join_parts, pages_wanted
-from apr_jax.engine.stopped import StoppedThreads
 from apr_jax.engine.thread import JoinMode, JoinRecord, Status, Thread
 from apr_jax.engine.tree import changes_threads
 from apr_jax.types import OutOfPages, SamplingParams
@@ -14,10 +14,10 @@ from apr_jax.types import OutOfPages, SamplingParams
 JOIN_MODES = ("stitch", "conclusion", "select", "prefill", "splice")
 
 
-class EngineCore(StoppedThreads):
-    """Threads over one paged cache: `submit`, `fork`, `spawn`, `append`, `mark`, `join`, `cancel` and `release`
-    change the tree of threads; `step` and `run` make tokens. Every primitive leaves all as it was if it raises, but
-    that last tokens of stopped threads may have been fed.
+class EngineCore(Detours):
+    """Threads over one paged cache: `submit`, `fork`, `spawn`, `append`, `avoid`, `mark`, `join`, `interrupt`, `cancel`
+    and `release` change the tree of threads; `step` and `run` make tokens. Every primitive leaves all as it was if it
+    raises, but that last tokens of stopped threads may have been fed.
     """
 
     @changes_threads
@@ -90,7 +90,7 @@ class EngineCore(StoppedThreads):
         self._check_may_fork(thread)
         lists = [self._checked_ids(ids) for ids in token_lists]
         params = self._one_each(sampling, len(lists))
-        bound = self.scheduler.max_family_pages
+        bound = self.scheduler.max_family_pages(thread.family)
         needed = self.scheduler.family_pages(thread.family) + len(lists)  # a page a child, at least
         if needed > bound:
             raise OutOfPages(needed, bound, "the family's bound")
@@ -144,7 +144,7 @@ class EngineCore(StoppedThreads):
             check(0 < len(ids) <= window, f"a spawned prompt has {len(ids)} tokens, must be in [1, {window}]")
         params = self._one_each(sampling, len(lists))
         contexts = [self.cache.match_prefix(ids)[0] for ids in lists]
-        bound = self.scheduler.max_family_pages
+        bound = self.scheduler.max_family_pages(thread.family)
         needed = self.scheduler.pages_with_prompts(thread.family, lists, contexts)
         if needed > bound:
             for context in contexts:

@@ -45,8 +45,8 @@ class KeysEvent(Event):
       num_tokens: negative where keys were lost.
       reason: `cached`: found in the prefix cache; `prefill`, `decode`: fed in such a dispatch; `flush`: fed between
         steps, so that a segment could be sealed; `unfed`: taken back because something is to be sampled from the
-        last token; `dropped`: taken back with tokens that the thread lost (what lay before these in a sealed segment
-        is computed again).
+        last token (with all of the sealed segment that it ends, if it ends one); `dropped`: taken back with tokens
+        that the thread lost (what lay before these in a sealed segment is computed again).
       slot: of a thread that ran.
     """
 

@@ -14,13 +14,7 @@ from apr_jax.cache.layout import PlanOverflow
 from apr_jax.cache.plan_builder import PlanBuilder
 from apr_jax.config import CacheConfig, EngineConfig, ModelConfig, check
 from apr_jax.engine import events
-from apr_jax.engine.batch import (
-    PADDING_ID,
-    DecodeBatch,
-    DecodeResult,
-    decode_batch,
-    prefill_batch,
-)
+from apr_jax.engine.batch import PADDING_ID, DecodeBatch, DecodeResult, decode_batch, prefill_batch
 from apr_jax.engine.kernels import fill_chip
 from apr_jax.engine.runner import Runner
 from apr_jax.engine.scheduler import Work
@@ -62,8 +56,16 @@ class Loop(ThreadTree):
 
     # Requests.
 
-    def submit(self, token_ids: Sequence[int], *, sampling: SamplingParams = SamplingParams()) -> Thread:  # noqa: B008
-        """Starts a family. With max_new_tokens = 0 the prompt is prefilled and nothing sampled.
+    def submit(
+        self,
+        token_ids: Sequence[int],
+        *,
+        sampling: SamplingParams = SamplingParams(),  # noqa: B008 (frozen)
+        max_pages: int | None = None,
+    ) -> Thread:
+        """Starts a family, of `max_pages` unique pages at most if that is less than the engine's bound.
+
+        With max_new_tokens = 0 the prompt is prefilled and nothing sampled.
 
         Raises:
           ValueError: the prompt is empty, holds an id outside the vocabulary, is longer than the context window, or
@@ -74,10 +76,10 @@ class Loop(ThreadTree):
         window = self.model_config.max_position
         check(len(ids) <= window, f"the prompt has {len(ids)} tokens, the context window is {window}")
         needed = math.ceil((len(ids) + min(1, sampling.max_new_tokens)) / self.cache.page_size)
-        bound = self.scheduler.max_family_pages
+        family = Family(self._next_family_id, sampling.seed, max_pages)
+        bound = self.scheduler.max_family_pages(family)
         check(needed <= bound, f"the prompt needs {needed} pages, a family may hold {bound}")
         self.check_sampling(sampling)
-        family = Family(self._next_family_id, sampling.seed)
         self._next_family_id += 1
         context, matched = self.cache.match_prefix(ids)
         thread = self._new_thread(family, None, (), sampling, context)

@@ -45,10 +45,10 @@ class Preemption:
         self._write_pages = write_pages
         self._on_preempt = on_preempt
 
-    @property
-    def max_family_pages(self) -> int:
-        total = self.cache.pool.total
-        return total if self.config.max_family_pages is None else min(self.config.max_family_pages, total)
+    def max_family_pages(self, family: Family) -> int:
+        """Pages that the family may hold: the least of the pool, the engine's bound and its own."""
+        bounds = (self.cache.pool.total, self.config.max_family_pages, family.max_pages)
+        return min(bound for bound in bounds if bound is not None)
 
     def threads(self, *statuses: Status) -> list[Thread]:
         """Threads in these states, oldest family first, then oldest thread."""

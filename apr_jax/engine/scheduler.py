@@ -79,6 +79,8 @@ class Scheduler(Preemption):
         if thread.status is Status.RUNNING:
             return True
         assert thread.context is not None
+        if thread.family.yields and self._has_its_share(thread.family, bool(slots)):
+            return False
         missing = [s for s in thread.context.segments if s.swapped]
         if not slots and not self._free_a_slot(thread, missing, slots):
             return False
@@ -95,6 +97,29 @@ class Scheduler(Preemption):
         thread.status = Status.RUNNING
         return True
 
+    # Load, for families that yield.
+
+    def room_to_fork(self, family: Family) -> int:
+        """How many children of a fork could run side by side now: on free rows, within an even share of all rows, and
+        with the pages that everyone needs for a dispatch. Every family counts as one row at least, as it goes on.
+        """
+        wanting = {f.id: sum(t.status in WANTS_TO_RUN for t in f.threads) for f in self.families.values()}
+        own = wanting.pop(family.id, 0)
+        taken = own + sum(max(1, count) for count in wanting.values())
+        each = 1 + self.config.steps_per_dispatch // self.cache.page_size
+        pages = self.cache.num_available // each - min(taken, self.config.max_threads)
+        bound = self.max_family_pages(family) - self.family_pages(family)
+        return max(0, min(self.config.max_threads - taken, self._even_share() - own, pages, bound))
+
+    def _even_share(self) -> int:
+        """Rows of each family, rounded up: what is left over goes to those who come first."""
+        return -(-self.config.max_threads // max(1, len(self.families)))
+
+    def _has_its_share(self, family: Family, has_slots: bool) -> bool:
+        """Whether a yielding family waits with another thread: it has a row, and no more are its due or free."""
+        num_running = sum(t.status is Status.RUNNING for t in family.threads)
+        return num_running > 0 and (num_running >= self._even_share() or not has_slots)
+
     def _free_a_slot(self, thread: Thread, missing: list[Segment], slots: list[int]) -> bool:
         """A fork's children do not wait for a younger family's end: the youngest running family steps back.
 
@@ -104,7 +129,7 @@ class Scheduler(Preemption):
         if not running or running[-1].family.id <= thread.family.id or not self._is_started(thread.family):
             return False
         youngest = running[-1].family
-        at_bound = self.family_pages(thread.family) + self._next_page(thread) > self.max_family_pages
+        at_bound = self.family_pages(thread.family) + self._next_page(thread) > self.max_family_pages(thread.family)
         if at_bound or not self._has_headroom(thread, missing, leaving=youngest):
             return False
         slots.extend(t.slot for t in running if t.family is youngest and t.slot is not None)
@@ -172,7 +197,7 @@ class Scheduler(Preemption):
         context = thread.context
         assert context is not None and num_tokens > 0
         num_tokens = min(num_tokens, self.cache.tail_room(context))
-        bound = self.max_family_pages
+        bound = self.max_family_pages(thread.family)
         while self.family_pages(thread.family) + self.cache.pages_needed(context, num_tokens) > bound:
             if num_tokens == 1:
                 self._stop(work, thread, Stop("pages"))
@@ -210,9 +235,13 @@ class Scheduler(Preemption):
                     return False
 
     def _stop(self, work: Work, thread: Thread, stop: Stop) -> None:
+        self.halt(thread, stop)
+        work.stopped.append(thread)
+
+    def halt(self, thread: Thread, stop: Stop) -> None:
+        """A thread that wanted to run has stopped: it keeps its pages, but for those in reserve."""
         assert thread.context is not None
         self.cache.trim(thread.context)
         thread.slot = None
         thread.status = Status.STOPPED
         thread.stop = stop
-        work.stopped.append(thread)

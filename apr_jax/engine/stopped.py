@@ -85,6 +85,7 @@ class StoppedThreads(Loop):
         if sampling is not None:
             thread.sampling = sampling
             thread.budget = sampling.max_new_tokens
+            thread.avoided = 0, ()
         thread.sampled_since = len(thread.token_ids)
         thread.is_flushed = False
         thread.stop = None

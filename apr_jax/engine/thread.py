@@ -24,7 +24,9 @@ class Status(enum.Enum):
 
 WANTS_TO_RUN = (Status.WAITING, Status.RUNNING)
 
-StopReason = Literal["stop_id", "stop_string", "eos", "length", "context", "pages", "prefilled", "cancelled"]
+StopReason = Literal[
+    "stop_id", "stop_string", "eos", "length", "context", "pages", "prefilled", "cancelled", "wall_clock"
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Stop:
     Attributes:
       reason: `stop_id`, `eos`: that token was sampled and is the thread's last; `stop_string`: the text holds it;
         `length`: max_new_tokens; `context`: the model's context window; `pages`: a family's bound or the pool;
-        `prefilled`: nothing was to be sampled.
+        `prefilled`: nothing was to be sampled; `wall_clock`: whoever drives it ran out of time.
       token_id: the token for `stop_id` and `eos`.
       string: the string for `stop_string`.
     """
@@ -74,11 +76,18 @@ class Counters:
 
 
 class Family:
-    """A request's root thread and all its descendants, oldest first."""
+    """A request's root thread and all its descendants, oldest first.
 
-    def __init__(self, family_id: int, seed: int):
+    Attributes:
+      max_pages: unique pages that it may hold, within the engine's own bound; None is no bound of its own.
+      yields: beyond its first thread it takes no rows but within an even share of all of them.
+    """
+
+    def __init__(self, family_id: int, seed: int, max_pages: int | None = None):
         self.id = family_id
         self.seed = seed
+        self.max_pages = max_pages
+        self.yields = False
         self.threads: list[Thread] = []
         self.counters = Counters()
 
@@ -109,6 +118,7 @@ class Thread:
         carried, so that a join can count them once; of a marked thread, the marker.
       is_flushed: the last token, a stop, has keys though nothing was sampled from it: one of the `flush_tokens`.
       marks: what follows the thread's last token is its conclusion; the cache is told when that token has keys.
+      avoided: (place in token_ids, ids that are not sampled there); num_avoided: how often it was turned back so.
     """
 
     id: int
@@ -136,10 +146,18 @@ class Thread:
     num_sampled: int = 0  # over the thread's whole life; what the random keys count
     budget: int = 0  # tokens it may still sample before it stops with `length`
     sampled_since: int = 0  # first index of token_ids that stop strings are matched from
+    avoided: tuple[int, tuple[int, ...]] = (0, ())
+    num_avoided: int = 0
 
     @property
     def is_done(self) -> bool:
         return self.status in (Status.FINISHED, Status.CANCELLED)
+
+    @property
+    def avoided_ids(self) -> tuple[int, ...]:
+        """Token ids that must not come next."""
+        place, ids = self.avoided
+        return ids if place == len(self.token_ids) else ()
 
     def key(self) -> tuple[int, int]:
         """The thread's random key, two 32-bit words: a hash of the request's seed and the path from the root."""

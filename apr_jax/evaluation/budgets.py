@@ -12,8 +12,7 @@ from collections.abc import Sequence
 from typing import Literal, get_args
 
 from apr_jax.config import check
-from apr_jax.reasoning.program import Guards, Request
-from apr_jax.types import SamplingParams
+from apr_jax.reasoning.program import Request
 
 BudgetKind = Literal["critical_path", "total", "context"]
 KINDS: tuple[BudgetKind, ...] = get_args(BudgetKind)
@@ -34,19 +33,20 @@ class TokenBudget:
         return f"{self.kind}={self.tokens}"
 
 
-def budgeted(token_ids: Sequence[int], sampling: SamplingParams, budget: TokenBudget | None) -> Request:
-    """The request of a prompt under a budget; it ends with a recorded reason where that is spent."""
+def budgeted(request: Request, budget: TokenBudget | None) -> Request:
+    """The request under a budget as well; it ends with a recorded reason where that is spent."""
+    sampling, guards = request.sampling, request.guards
     match budget:
         case None:
-            return Request(token_ids=token_ids, sampling=sampling)
+            return request
         case TokenBudget("critical_path", tokens):
-            bounded = dataclasses.replace(sampling, max_new_tokens=min(tokens, sampling.max_new_tokens))
-            return Request(token_ids=token_ids, sampling=bounded)
+            sampling = dataclasses.replace(sampling, max_new_tokens=min(tokens, sampling.max_new_tokens))
         case TokenBudget("total", tokens):
-            return Request(token_ids=token_ids, sampling=sampling, guards=Guards(max_family_tokens=tokens))
+            guards = dataclasses.replace(guards, max_family_tokens=min(tokens, guards.max_family_tokens))
         case TokenBudget("context", tokens):
-            return Request(token_ids=token_ids, sampling=sampling, guards=Guards(max_context_tokens=tokens))
-    raise AssertionError(budget)
+            tokens = min(tokens, guards.max_context_tokens or tokens)
+            guards = dataclasses.replace(guards, max_context_tokens=tokens)
+    return dataclasses.replace(request, sampling=sampling, guards=guards)
 
 
 def largest_first(budgets: Sequence[TokenBudget | None]) -> list[TokenBudget | None]:

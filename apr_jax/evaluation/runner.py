@@ -12,7 +12,7 @@ from apr_jax.evaluation.records import Record, RecordStore
 from apr_jax.reasoning.api import Engine
 from apr_jax.reasoning.driver import Driver
 from apr_jax.reasoning.output import Output
-from apr_jax.reasoning.program import Program
+from apr_jax.reasoning.program import Guards, Parallelism, Program, Request
 from apr_jax.reasoning.run import Run
 from apr_jax.tasks.task import Task
 from apr_jax.types import SamplingParams
@@ -41,6 +41,7 @@ class Evaluation:
       sampling: problem i is sampled with seed `sampling.seed` + i.
       store: holds what is finished, and takes what ends.
       reuse: copy a run under a larger budget where it is the same as the one asked for, instead of running it.
+      guards, parallelism: of every request, beside its budget.
     """
 
     def __init__(
@@ -51,6 +52,8 @@ class Evaluation:
         sampling: SamplingParams,
         store: RecordStore,
         reuse: bool = True,
+        guards: Guards = Guards(),  # noqa: B008 (frozen)
+        parallelism: Parallelism = "on",
     ):
         self.engine = engine
         self.task = task
@@ -58,6 +61,8 @@ class Evaluation:
         self.sampling = sampling
         self.store = store
         self.reuse = reuse
+        self.guards = guards
+        self.parallelism: Parallelism = parallelism
 
     def check_prompts(self, entries: Sequence[Entry]) -> None:
         """Refuses a prompt before anything runs.
@@ -130,7 +135,8 @@ class Evaluation:
             for number in itertools.islice(waiting, self.engine.config.max_threads - len(running)):
                 prompt = self.engine.encode_prompt(self.task.prompt(self.problems[number], entry.name))
                 params = dataclasses.replace(self.sampling, seed=self.sampling.seed + number)
-                run = driver.submit(budgeted(prompt, params, budget), entry.program)
+                request = Request(token_ids=prompt, sampling=params, guards=self.guards, parallelism=self.parallelism)
+                run = driver.submit(budgeted(request, budget), entry.program)
                 running[run.root.family.id], charged[number] = number, 0.0
 
         with Driver(self.engine) as driver:

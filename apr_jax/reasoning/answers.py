@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from apr_jax.engine import events
 from apr_jax.engine.engine import EngineCore
@@ -29,8 +29,9 @@ from apr_jax.types import OutOfPages, SamplingParams
 class Answers:
     """What programs may ask for: to append, mark, fork, join, finish. What cannot be done degrades, with a reason."""
 
-    def __init__(self, core: EngineCore):
+    def __init__(self, core: EngineCore, clock: Callable[[], float] = time.perf_counter):
         self.core = core
+        self.clock = clock
         self._runs: dict[int, Run] = {}
         self._done: list[Run] = []
 
@@ -82,7 +83,7 @@ class Answers:
             sampling = dataclasses.replace(thread.sampling, max_new_tokens=sampling.max_new_tokens)
         wanted = thread.budget if sampling is None else sampling.max_new_tokens
         room = min(run.budget.room(thread), run.budget.context_room(thread) - joined) - len(tokens)
-        granted = max(0, min(wanted, room))
+        granted = 0 if run.is_late else max(0, min(wanted, room))
         if granted == 0 and (sampling is None or wanted > 0):
             run.starved.add(thread.id)
         else:
@@ -118,6 +119,10 @@ class Answers:
     def _try_fork(self, run: Run, thread: Thread, action: Fork) -> str | None:
         """Forks, or says why not."""
         guards = run.request.guards
+        if run.request.parallelism == "off":
+            return "parallelism is off"
+        if run.is_late:
+            return f"max_wall_s = {guards.max_wall_s:g} is over"
         if len(thread.path) >= guards.max_depth:
             return f"depth {len(thread.path) + 1} is beyond max_depth = {guards.max_depth}"
         if thread.num_forks >= guards.max_rounds:
@@ -219,7 +224,9 @@ class Answers:
         """Ends a request, once: the first reason counts."""
         if run.finish_reason is not None:
             return
-        run.finish_reason, run.ended_s = reason, time.perf_counter()
+        if run.is_late and reason not in ("cancelled", "error"):
+            reason = "wall_clock"
+        run.finish_reason, run.ended_s = reason, self.clock()
         for thread in run.root.family.live:
             run.budget.note(thread)
         self._runs.pop(run.root.family.id, None)

@@ -10,7 +10,7 @@ from apr_jax.config import CacheConfig, EngineConfig, check
 from apr_jax.engine.engine import EngineCore
 from apr_jax.reasoning.driver import Driver
 from apr_jax.reasoning.output import GenerateError, Output, collect
-from apr_jax.reasoning.program import Guards, Program, Request
+from apr_jax.reasoning.program import Guards, Parallelism, Program, Request
 from apr_jax.reasoning.programs import make_program
 from apr_jax.reasoning.run import Run
 from apr_jax.types import SamplingParams
@@ -85,6 +85,7 @@ class Engine(EngineCore):
         *,
         sampling: SamplingParams = ...,
         guards: Guards = ...,
+        parallelism: Parallelism = ...,
         extract_answer: Callable[[str], str | None] | None = None,
     ) -> Output: ...
 
@@ -96,6 +97,7 @@ class Engine(EngineCore):
         *,
         sampling: SamplingParams = ...,
         guards: Guards = ...,
+        parallelism: Parallelism = ...,
         num_samples: int = ...,
         extract_answer: Callable[[str], str | None] | None = None,
     ) -> list[Output]: ...
@@ -107,6 +109,7 @@ class Engine(EngineCore):
         *,
         sampling: SamplingParams = SamplingParams(),  # noqa: B008 (frozen)
         guards: Guards = Guards(),  # noqa: B008 (frozen)
+        parallelism: Parallelism = "on",
         num_samples: int = 1,
         extract_answer: Callable[[str], str | None] | None = None,
     ) -> Output | list[Output]:
@@ -116,6 +119,7 @@ class Engine(EngineCore):
           prompt: text or token ids; a list of these gives a list of outputs.
           program: "sequential", "multiverse", or any Program.
           sampling: `max_new_tokens` bounds the critical path (see `Request`).
+          parallelism: whether the model may fork: "on", "off", or "auto", if the engine is not busy (see `Request`).
           num_samples: outputs a prompt, with seeds `sampling.seed`, `sampling.seed` + 1, ...; more than one
             gives a list, the samples of a prompt next to each other.
           extract_answer: from an output's text to its answer; without one the answer is what follows the last
@@ -135,6 +139,7 @@ class Engine(EngineCore):
                 token_ids=self.encode_prompt(each),
                 sampling=dataclasses.replace(sampling, seed=sampling.seed + sample),
                 guards=guards,
+                parallelism=parallelism,
             )
             for each in prompts
             for sample in range(num_samples)

@@ -182,7 +182,7 @@ class Deciding(Program):
     """Another program, whose joins happen when `when` says."""
 
     def __init__(self, program: Program, when: When):
-        self.name, self.block = program.name, program.block
+        self.name, self.block, self.fork_tags = program.name, program.block, program.fork_tags
         self._program = program
         self._when = when
 

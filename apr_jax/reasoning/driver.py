@@ -5,19 +5,22 @@ in one ends that request only. Whatever happens, a request that has ended holds 
 """
 
 import dataclasses
-import time
 
 from apr_jax.engine.thread import WANTS_TO_RUN, Status, Stop, Thread
-from apr_jax.reasoning.answers import Answers, each_sampling
+from apr_jax.reasoning.answers import each_sampling
 from apr_jax.reasoning.budget import Budget
+from apr_jax.reasoning.hybrid import Hybrid, restrained_sampling, restrained_tags
 from apr_jax.reasoning.metrics import total_tokens
 from apr_jax.reasoning.program import Action, Append, Fork, Program, Request
 from apr_jax.reasoning.run import Run as Run
 
 
-class Driver(Answers):
+class Driver(Hybrid):
     """Serves requests over one engine. Use as a context manager: what has not ended at the exit is
     cancelled.
+
+    Args:
+      clock: tells seconds, for wall clocks and what bounds them.
     """
 
     def __enter__(self) -> "Driver":
@@ -39,7 +42,9 @@ class Driver(Answers):
           ValueError: the prompt is empty, longer than the context window, or can never fit the cache; or there are
             more stop ids, the program's included, than the engine takes.
         """
-        request = dataclasses.replace(request, guards=program.widened(request.guards))
+        tags = restrained_tags(request, program, self.core.tokenizer)
+        sampling = restrained_sampling(request, program, tags)
+        request = dataclasses.replace(request, guards=program.widened(request.guards), sampling=sampling)
         action = program.start(request)
         if isinstance(action, Fork):
             for params in each_sampling(action):
@@ -52,8 +57,9 @@ class Driver(Answers):
         at_once = isinstance(action, Append) and not action.tokens  # else the prompt is prefilled first
         granted = min(wanted, budget.initial) if at_once else 0
         params = dataclasses.replace(sampling, max_new_tokens=granted)
-        root = self.core.submit(request.token_ids, sampling=params)
-        run = Run(request, program, root, budget, time.perf_counter(), None if at_once else action)
+        root = self.core.submit(request.token_ids, sampling=params, max_pages=request.guards.max_family_pages)
+        root.family.yields = request.parallelism == "auto"
+        run = Run(request, program, root, budget, self.clock(), None if at_once else action, self.clock, tags)
         budget.start(root)
         if at_once and granted == 0 < wanted:
             run.starved.add(root.id)
@@ -70,6 +76,9 @@ class Driver(Answers):
                 self._guarded(run, self._stopped, thread)
         for run in self.active:
             self._guarded(run, self._look_after)
+            limit = run.request.guards.max_wall_s
+            if limit is not None and run.wall_s > limit:
+                self._guarded(run, self._wind_up)
         done, self._done = self._done, []
         return done
 
@@ -103,6 +112,8 @@ class Driver(Answers):
         else:
             if stop.reason == "prefilled" and thread.id in run.starved:
                 stop = Stop("length")
+            if self._turned_back(run, thread, stop):
+                return
             action = run.program.on_stop(thread, stop)
         self._apply(run, thread, action)
 
@@ -141,3 +152,23 @@ class Driver(Answers):
         if not acted:
             self._degrade(run, run.root, "the program waits for nothing")
             self._end(run, "stalled")
+
+    def _wind_up(self, run: Run) -> None:
+        """The request's time is over: its program closes and joins what there is, without a token being sampled."""
+        if run.finish_reason is not None:
+            return
+        run.is_late = True
+        self._degrade(run, run.root, f"max_wall_s = {run.request.guards.max_wall_s:g} is over")
+        threads = run.root.family.threads
+        for _ in range(8 + len(threads)):  # a program that goes on forcing tokens
+            if run.root.status is not Status.FORKED:
+                break
+            for thread in threads:
+                if thread.status in WANTS_TO_RUN and thread is not run.root:
+                    self.core.interrupt(thread, "wall_clock")
+                    self._stopped(run, thread)
+            self._look_after(run)
+        if run.finish_reason is None:
+            if run.root.status in WANTS_TO_RUN:
+                self.core.interrupt(run.root, "wall_clock")
+            self._end(run, "wall_clock")

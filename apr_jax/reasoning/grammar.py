@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from apr_jax.engine.thread import Stop, Thread
 from apr_jax.reasoning.grammars.declaration import Grammar as Grammar
 from apr_jax.reasoning.program import Append, Finish, Fork, Join, Mark, Program, Request, Wait
-from apr_jax.reasoning.tags import Tags
+from apr_jax.reasoning.tags import ForkTags, Tags
 from apr_jax.tokenizers import Tokenizer
 from apr_jax.types import SamplingParams
 
@@ -42,6 +42,7 @@ class GrammarProgram(Program):
         if grammar.join == "conclusion" and grammar.conclusion_marker is not None:
             tags.append(grammar.conclusion_marker)
         self._tags = Tags(tokenizer, tags)
+        self.fork_tags = _fork_tags(grammar)
 
     def start(self, request: Request) -> Append:
         return Append(sampling=self._tags.only(request.sampling, [self.grammar.trigger, self.grammar.closer]))
@@ -183,3 +184,16 @@ class GrammarProgram(Program):
             max_new_tokens=grammar.max_child_tokens or UNBOUNDED,
             **grammar.child_sampling,
         )
+
+
+def _fork_tags(grammar: Grammar) -> ForkTags:
+    """A fork begins with its block, unless the trigger itself holds the opening tag."""
+    opener = grammar.trigger if grammar.block[0] in grammar.trigger else grammar.block[0]
+    inside = () if opener == grammar.trigger else (grammar.plan, grammar.trigger)
+    return ForkTags(
+        openers=(opener,),
+        inside=tuple(tag for tag in inside if tag not in ("", opener)),
+        closer=grammar.closer,
+        end=grammar.block[1],
+        nested=grammar.nested,
+    )

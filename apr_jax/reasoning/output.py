@@ -43,7 +43,7 @@ class Output:
       text_ids: the token ids of the text, those of joined children included.
       threads: the root and all its descendants, oldest first.
       degraded: what did not go as the format wants.
-      finish_reason: why the root ended: `eos`, `length`, `context`, `pages`, `stop_id`, `stop_string`,
+      finish_reason: why the root ended: `eos`, `length`, `context`, `pages`, `wall_clock`, `stop_id`, `stop_string`,
         `cancelled`; `steps`: a search took its last one; `unclosed`: a thread had no closer, and the format ends
         there; `stalled`: the program waited for nothing; `error`: the program raised.
     """

@@ -7,11 +7,14 @@ ended, and carries out the answer. Actions are plain values; each may say what d
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import Literal, Protocol, get_args
 
 from apr_jax.config import check
 from apr_jax.engine.thread import JoinMode, Stop, Thread
+from apr_jax.reasoning.tags import ForkTags
 from apr_jax.types import SamplingParams
+
+Parallelism = Literal["off", "on", "auto"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,6 +29,11 @@ class Guards:
       max_family_tokens: tokens of all threads of a request. A fork divides what is left evenly among the
         children, and what they leave over goes back at the join, so that the outcome does not depend on
         timing.
+      max_family_pages: unique pages that all threads of a request hold; None is the engine's bound. A fork that does
+        not fit is refused, a thread that needs one more stops.
+      max_wall_s: seconds from the submission, looked at after each engine step. Then no token is sampled any more:
+        threads are closed and joined as if their budgets were spent, and the request ends with `wall_clock`. What
+        it has said by then depends on load. None is no bound.
       max_context_tokens: tokens that any one token of a request attends to, itself and the prompt's included. A
         thread that has no room left stops; a join whose context does not fit ends the request. None: the model's
         context window alone, which bounds positions.
@@ -36,13 +44,17 @@ class Guards:
     max_rounds: int = 32
     max_thread_tokens: int | None = None
     max_family_tokens: int = 1_000_000
+    max_family_pages: int | None = None
+    max_wall_s: float | None = None
     max_context_tokens: int | None = None
 
     def __post_init__(self):
         check(self.max_depth >= 0, f"max_depth is {self.max_depth}, must be >= 0")
-        for name in ("max_fan_out", "max_rounds", "max_family_tokens", "max_thread_tokens", "max_context_tokens"):
+        for name in (field.name for field in dataclasses.fields(self) if field.name not in ("max_depth", "max_wall_s")):
             value = getattr(self, name)
             check(value is None or value >= 1, f"{name} is {value}, must be >= 1")
+        wall_s = self.max_wall_s
+        check(wall_s is None or 0 < wall_s < float("inf"), f"max_wall_s is {wall_s}, must be > 0 and finite")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,11 +67,19 @@ class Request:
         the critical path: the tokens, forced ones counted, on the longest chain from the prompt to the end.
           For a
         program that never forks that is simply the number of new tokens.
+      parallelism: `on`: the model forks where it wants to. `off`: it never does, and goes on as if the tags that lead
+        to a fork were not in its vocabulary. `auto`: so where the engine is busy at that moment (see `hybrid.py`); what
+        the request says depends on load then.
     """
 
     token_ids: Sequence[int]
     sampling: SamplingParams = SamplingParams()  # noqa: RUF009 (frozen)
     guards: Guards = Guards()
+    parallelism: Parallelism = "on"
+
+    def __post_init__(self):
+        choices = get_args(Parallelism)
+        check(self.parallelism in choices, f"parallelism is {self.parallelism!r}, not one of {', '.join(choices)}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -173,10 +193,12 @@ class Program(Protocol):
     Attributes:
       name: for people.
       block: the tags around a parallel block in the text, or None if the text shows no blocks.
+      fork_tags: what the model writes where it wants to fork; None if it does not decide.
     """
 
     name: str
     block: tuple[str, str] | None
+    fork_tags: ForkTags | None = None
 
     def start(self, request: Request) -> Append | Fork | Spawn:
         """How the request begins: tokens after the prompt, or a fork of the prompt itself."""

@@ -1,11 +1,12 @@
 """One request on its way: what the driver knows of it."""
 
 import dataclasses
-import time
+from collections.abc import Callable
 
 from apr_jax.engine.thread import Thread
 from apr_jax.reasoning.budget import Budget
 from apr_jax.reasoning.program import Append, Fork, Program, Request
+from apr_jax.reasoning.tags import Tags
 
 
 @dataclasses.dataclass(eq=False)
@@ -16,6 +17,9 @@ class Run:
       degraded: (thread, reason) for all that did not go as the format wants, in order.
       finish_reason: why the root ended; None while it runs.
       error: what the program raised; the request ended there.
+      clock: seconds since some moment.
+      restrained: the program's fork tags, if the request's parallelism is not `on`.
+      is_late: its time is over; what still happens winds it up.
     """
 
     request: Request
@@ -24,6 +28,8 @@ class Run:
     budget: Budget
     started_s: float
     first: Append | Fork | None  # what to do once the prompt is prefilled
+    clock: Callable[[], float]
+    restrained: Tags | None = None
     ended_s: float = 0.0
     ended: set[int] = dataclasses.field(default_factory=set)  # ids of threads that Finish was said for
     starved: set[int] = dataclasses.field(default_factory=set)  # ids of threads with nothing left to sample
@@ -32,7 +38,8 @@ class Run:
     num_idle: int = 0  # times in a row that no thread wanted to run and none had gained a token
     num_tokens: int = -1  # of all threads when none wanted to run
     error: Exception | None = None
+    is_late: bool = False
 
     @property
     def wall_s(self) -> float:
-        return (self.ended_s or time.perf_counter()) - self.started_s
+        return (self.clock() if self.finish_reason is None else self.ended_s) - self.started_s

@@ -1,11 +1,33 @@
 """Tags that threads stop at: by id where the tokenizer has the tag as one token, by string where not."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from apr_jax.engine.thread import Stop
 from apr_jax.tokenizers import Tokenizer
 from apr_jax.types import SamplingParams
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ForkTags:
+    """What a model writes where it wants to fork.
+
+    Attributes:
+      openers: tags that it may begin with.
+      inside: tags that it writes then, up to the fork; without any, the program forks at an opener itself.
+      closer: where a forked thread ends: out of place in a thread that was not forked.
+      end: where the block ends: out of place where there is none.
+      nested: whether forked threads may fork.
+    """
+
+    openers: tuple[str, ...]
+    inside: tuple[str, ...] = ()
+    closer: str
+    end: str
+    nested: bool = True
+
+    def __iter__(self) -> Iterator[str]:
+        return iter((*self.openers, *self.inside, self.closer, self.end))
 
 
 class Tags:
@@ -24,6 +46,19 @@ class Tags:
             return stop.string if stop.string in self.ids else None
         by_id = {tag_id: tag for tag, tag_id in self.ids.items() if tag_id is not None}
         return by_id.get(stop.token_id) if stop.reason == "stop_id" and stop.token_id is not None else None
+
+    def of(self, tags: Iterable[str]) -> list[int]:
+        """The ids of those of these tags that are one token."""
+        return [tag_id for tag in tags if (tag_id := self.ids[tag]) is not None]
+
+    def also(self, sampling: SamplingParams, tags: Sequence[str]) -> SamplingParams:
+        """The parameters with these tags as stops besides all others."""
+        strings = [tag for tag in tags if self.ids[tag] is None]
+        return dataclasses.replace(
+            sampling,
+            stop_ids=tuple(dict.fromkeys((*sampling.stop_ids, *self.of(tags)))),
+            stop=tuple(dict.fromkeys((*sampling.stop, *strings))),
+        )
 
     def only(self, sampling: SamplingParams, tags: Sequence[str]) -> SamplingParams:
         """The parameters with the request's own stops and these tags, no others of the program."""

@@ -16,7 +16,7 @@ class ScriptedRunner:
     """Follows the engine's protocol step by step, as the compiled loop does, with tokens from a script.
 
     Args:
-      script: called once for each sampled token.
+      script: called once for each sampled token. Where that is banned, the next smaller id is said that is not.
       steps_per_dispatch: the engine's.
     """
 
@@ -44,7 +44,7 @@ class ScriptedRunner:
                 continue
             if draining or budget == 0:
                 break
-            token = int(self.script(thread, ids))
+            token = _allowed(int(self.script(thread, ids)), batch.banned_ids[row])
             ids.append(token)
             sampled[step] = token
             budget -= 1
@@ -59,3 +59,9 @@ class ScriptedRunner:
 
     def write_pages(self, page_ids: Sequence[int], data: Any) -> None:
         """Nothing to copy."""
+
+
+def _allowed(token: int, banned_ids: np.ndarray) -> int:
+    banned = set(banned_ids.tolist())
+    below = (i for i in range(token, -1, -1) if i not in banned)
+    return next(below, max(banned) + 1)

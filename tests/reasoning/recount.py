@@ -95,6 +95,7 @@ class Recount:
         if event.reason == "unfed":
             self.flush_tokens -= node.flushed
             node.flushed = False
+            self.reprefill_tokens += -count - 1  # of a whole segment all but the last, which is sampled from
         elif event.reason == "dropped":
             self._lost_keys = -count
             node.marked = min(node.marked, node.seen)

@@ -7,15 +7,19 @@ import hashlib
 import pytest
 from transcripts import assert_all_pages_free, grammar_tokenizer, path_name, scripted_engine
 
+from apr_jax.reasoning.deciding import Deadline, Quorum, first
+from apr_jax.reasoning.driver import Driver
 from apr_jax.reasoning.grammar import Grammar
 from apr_jax.reasoning.grammars.apr import CALLING, END_CALLING, END_RESULTS, RESULTS
-from apr_jax.reasoning.program import Guards
-from apr_jax.reasoning.programs import GRAMMARS, make_program
+from apr_jax.reasoning.program import Guards, Request
+from apr_jax.reasoning.programs import GRAMMARS, STRATEGIES, make_program
+from apr_jax.reasoning.strategies.options import StrategyOptions, ThoughtOptions
 from apr_jax.testing import tiny_config
 from apr_jax.tokenizers import ByteTokenizer
 from apr_jax.types import SamplingParams
 
-REASONS = ("eos", "length", "context", "pages", "stop_id", "stop_string", "unclosed")
+REASONS = ("eos", "length", "context", "pages", "stop_id", "stop_string", "unclosed", "wall_clock")
+WHENS = (None, first(), Quorum(count=2), Deadline(20), first(arrival=True))
 
 
 def pieces_of(grammar: Grammar) -> tuple[list[str], list[str]]:
@@ -95,14 +99,17 @@ def test_babbling_ends_and_leaks_nothing(name, seed, one_token_tags, num_pages):
 
 
 def assert_explained(out, grammar: Grammar) -> None:
-    """Whatever is not as the format wants has a reason."""
+    """Whatever is not as the format wants has a reason. What a decision dropped is cut anywhere."""
     reasons = "\n".join(out.degraded)
+    dropped: set[int] = set()
     for thread in out.threads[1:]:
-        if thread.status == "finished":
+        if thread.status == "cancelled" or thread.parent in dropped:
+            dropped.add(thread.id)
+        if thread.id not in dropped:
             assert thread.text.startswith(grammar.header[: grammar.header.find("{")]), thread
             assert thread.text.endswith(grammar.closer), thread
         inside = thread.text.removeprefix(grammar.header[: grammar.header.find("{")])
-        if not grammar.nested and thread.status == "finished" and grammar.trigger in inside:
+        if not grammar.nested and thread.id not in dropped and grammar.trigger in inside:
             assert f"thread {thread.id}: {grammar.trigger} inside a thread is text" in reasons
     if out.finish_reason == "unclosed":
         assert f"ended without {grammar.closer}" in reasons
@@ -144,6 +151,77 @@ def test_babbling_searches_end_and_leak_nothing(seed, one_token_tags, num_pages,
         assert CALLING not in out.text or out.degraded
         for thread in out.threads[1:]:
             assert thread.start_position == 0 or thread.text.endswith(f"{END_CALLING}\n") or out.degraded
+
+
+# Everything else that a request may ask for, drawn by the seed: bounds, when joins happen, how much may fork.
+
+
+def serve(engine, program, prompts, seed, **fields):
+    """Outputs of requests side by side, on a clock that goes a second a step."""
+    guards = Guards(
+        max_depth=3,
+        max_fan_out=4,
+        max_family_tokens=1500,
+        max_family_pages=[None, 40, 25][seed % 3],
+        max_wall_s=[None, 6.0, 25.0][seed // 3 % 3],
+    )
+    parallelism = ("auto", "off", "on", "auto")[seed // 2 % 4]
+    sampling = SamplingParams(max_new_tokens=[60, 250][seed % 2])
+    with Driver(engine, lambda: float(engine.stats.num_steps)) as driver:
+        requests = [
+            Request(token_ids=engine.encode_prompt(p), sampling=sampling, guards=guards, parallelism=parallelism)
+            for p in prompts
+        ]
+        runs = [driver.submit(request, program) for request in requests]
+        driver.run()
+    assert_all_pages_free(engine)
+    for run in runs:
+        if run.error is not None:
+            raise run.error
+        out = engine.collect(run)
+        assert out.metrics.total_tokens <= 1500 and out.metrics.critical_path_tokens <= sampling.max_new_tokens
+        assert out.metrics.peak_pages <= (guards.max_family_pages or 512)
+        assert out.finish_reason in (*REASONS, "steps")
+        assert len(out.threads) == 1 or parallelism != "off"
+        is_late = any("max_wall_s" in line for line in out.degraded)
+        assert is_late is (out.finish_reason == "wall_clock")
+        assert guards.max_wall_s is None or out.metrics.wall_s <= guards.max_wall_s + 1.0
+        yield out
+
+
+@pytest.mark.parametrize("seed", range(24))
+@pytest.mark.parametrize("one_token_tags", [True, False])
+@pytest.mark.parametrize("name", [*GRAMMARS, "apr"])
+def test_babbling_under_any_condition_ends_with_its_reasons(name, one_token_tags, seed):
+    is_apr = name == "apr"
+    pieces = (APR_TAGS, APR_LINES) if is_apr else pieces_of(GRAMMARS[name])
+    several = ByteTokenizer()
+    tokenizer = several if not one_token_tags else ByteTokenizer(tuple(dict.fromkeys(APR_TAGS)))
+    if one_token_tags and not is_apr:
+        tokenizer = grammar_tokenizer(GRAMMARS[name])
+    engine = engine_for(babble(tokenizer, pieces, seed), tokenizer, 450, num_pages=[512, 90][seed % 2])
+    join = None if is_apr else (None, "stitch", "prefill", "conclusion")[seed // 5 % 4]
+    program = make_program(name, tokenizer, join, WHENS[seed % 5])
+    for out in serve(engine, program, [APR_PROMPT if is_apr else "Prompt"] * 4, seed):
+        if not is_apr:
+            assert_explained(out, GRAMMARS[name])
+
+
+@pytest.mark.parametrize("seed", range(16))
+@pytest.mark.parametrize("name", list(STRATEGIES))
+def test_strategies_over_babble_end_and_leak_nothing(name, seed):
+    tokenizer = ByteTokenizer()
+    texts = (["\n", "\n", "1. one\n", "2", "sure", " "], ["1. a\n2. b\n", "impossible", "\n\n\n"])
+    engine = engine_for(babble(tokenizer, texts, seed), tokenizer, num_pages=[512, 60][seed % 2])
+    thoughts = ThoughtOptions(
+        generate=("sample", "propose")[seed % 2],
+        evaluate=("score", "value", "vote")[seed % 3],
+        search=("breadth_first", "depth_first", "beam")[seed // 2 % 3],
+        max_states=6,
+    )
+    accept = [None, lambda prompt, text: "q" in text][seed // 4 % 2]
+    options = StrategyOptions(num_samples=4, max_steps=3, score=len, accept=accept, thoughts=thoughts)
+    list(serve(engine, make_program(name, tokenizer, options=options), ["Prompt"] * 3, seed))
 
 
 # One stream a way to go wrong: what each thread says by its path, and the reason that must be recorded.

@@ -107,3 +107,33 @@ def test_strategies(name):
         requests = [Request(token_ids=[65, 66 + i], sampling=sampling) for i in range(3)]
         outs += run_and_recount(engine, [(request, program) for request in requests])
     assert name == "sequential" or any(out.metrics.num_threads > 1 for out in outs)
+
+
+@pytest.mark.parametrize("parallelism", ["off", "auto"])
+@pytest.mark.parametrize("one_token_tags", [True, False])
+@pytest.mark.parametrize("name", [*GRAMMARS, "apr"])
+def test_threads_that_are_turned_back_and_requests_that_run_out_of_time(name, one_token_tags, parallelism):
+    """Where tags cross from one segment to the next as well."""
+    pieces = (APR_TAGS, APR_LINES) if name == "apr" else pieces_of(GRAMMARS[name])
+    tokenizer = ByteTokenizer(tuple(dict.fromkeys(APR_TAGS)) if one_token_tags else ())
+    if one_token_tags and name != "apr":
+        tokenizer = grammar_tokenizer(GRAMMARS[name])
+    turned_back = 0
+    for seed in range(6):
+        engine = engine_for(babble(tokenizer, pieces, seed), tokenizer, 450, max_threads=3, max_tail_pages=1 + seed % 2)
+        with_time, program = Guards(max_family_tokens=1500), make_program(name, tokenizer)
+        guards = [with_time, with_time, Guards(max_family_tokens=1500, max_wall_s=1e-6)]
+        prompt = engine.encode_prompt(APR_PROMPT if name == "apr" else "Prompt")
+        outs = run_and_recount(
+            engine,
+            [
+                (
+                    Request(token_ids=prompt, sampling=SamplingParams(max_new_tokens=200), guards=g, parallelism=p),
+                    program,
+                )
+                for g, p in zip(guards, (parallelism, "auto", "on"), strict=True)
+            ],
+        )
+        assert outs[2].finish_reason == "wall_clock"
+        turned_back += sum(out.metrics.overshoot_tokens for out in outs)
+    assert turned_back > 0

@@ -30,7 +30,7 @@ from collections.abc import Sequence
 from apr_jax.engine.thread import Stop, Thread
 from apr_jax.reasoning.grammar import UNBOUNDED
 from apr_jax.reasoning.program import Append, Finish, Fork, Join, Program, Request, Spawn, Wait
-from apr_jax.reasoning.tags import Tags
+from apr_jax.reasoning.tags import ForkTags, Tags
 from apr_jax.tokenizers import Tokenizer
 from apr_jax.types import SamplingParams
 
@@ -89,6 +89,7 @@ class AprProgram(Program):
 
     name = "apr"
     block = (CALLING, END_RESULTS)  # a call is not in the root's text: blocks begin where results are spliced
+    fork_tags = ForkTags(openers=(CALLING, RESULTS), closer=END_CALLING, end=END_RESULTS, nested=False)
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
