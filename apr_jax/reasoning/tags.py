@@ -14,7 +14,7 @@ class ForkTags:
 
     Attributes:
       openers: tags that it may begin with.
-      inside: tags that it writes then, up to the fork. None: the program forks at an opener itself.
+      inside: tags that it writes then, up to the fork; without any, the program forks at an opener itself.
       closer: where a forked thread ends: out of place in a thread that was not forked.
       end: where the block ends: out of place where there is none.
       nested: whether forked threads may fork.
