@@ -17,17 +17,18 @@ def get_config() -> config_dict.ConfigDict:
     )
     config.samples = config_dict.create(
         seed=0,
-        held_out_seed=1,
-        num_held_out=500,
-        max_len=1280,
-        keep_easy=0.7,
-        parallel_share=0.5,
-        conclusion_share=0.25,
-        drill_share=0.5,
-        num_drilled=70_000,
+        max_len=2048,
+        keep_easy=0.4,
+        shares=(1.0, 1.0, 0.8, 1.0, 1.2),  # sequential, multiverse, npr, threadweaver, apr
+        conclusion_share=0.2,
+        first_share=0.2,
+        off_share=0.15,
+        other_share=0.06,
+        drill_share=0.3,
+        num_drilled=20_000,
     )
-    # row length -> rows a step: 4,096 tokens, nine in ten of them learned from
-    config.data = config_dict.create(chunk_size=1000, short_len=512, short_rows=3, long_len=1280, long_rows=2)
+    # rows a step of each length, about 5,500 tokens; the longest fill every second step
+    config.data = config_dict.create(chunk_size=400, lengths=(640, 1280, 2048), rows=(3, 2, 1))
     config.optimizer = config_dict.create(
         name="muon",
         learning_rate=4.5e-3,

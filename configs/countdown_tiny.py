@@ -10,9 +10,8 @@ def get_config() -> config_dict.ConfigDict:
     config.wave_embeddings = False
     config.optimizer.name = "adamw"
     config.model.update(d_model=32, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=16, d_ff=64)
-    config.samples.num_held_out = 20
     config.samples.max_len = 512
-    config.data.update(chunk_size=24, short_len=128, short_rows=2, long_len=512, long_rows=1)
+    config.data.update(chunk_size=24, lengths=(128, 512), rows=(2, 1))
     config.optimizer.update(warmup_steps=2, num_steps=20)
     config.loop.update(log_every=5, eval_every=10, checkpoint_every=5, num_workers=0)
     config.num_eval_problems = 4

@@ -12,17 +12,18 @@ from apr_jax import Engine, SamplingParams
 from apr_jax.reasoning.driver import Driver, Run
 from apr_jax.reasoning.metrics import mean_metrics
 from apr_jax.reasoning.program import Parallelism, Request
-from apr_jax.tasks.countdown_task import HELD_OUT_SEED, CountdownTask
+from apr_jax.tasks.countdown_task import HELD_OUT_SEED, TASKS
+from apr_jax.tasks.task import Task
 
 MAX_NEW_TOKENS = 1280  # the longest right answers of the embedded model
 
 
 def run_hybrid(engine: Engine, parallelism: str, num_requests: int, num_problems: int) -> dict[str, Any]:
-    """One case: the same held-out problems whatever the number of clients, all of them on the `<parallel>` prompt.
+    """One case: the same held-out problems whatever the number of clients, all of them on prompts for blocks.
 
     A request's latency is its wall clock, from its submission to its end.
     """
-    task, program = CountdownTask(), engine.make_program("multiverse")
+    task, program = TASKS["countdown"], engine.make_program("multiverse")
     problems = task.problems(num_problems, HELD_OUT_SEED)
     waiting, asked = iter(problems), {}
     engine.cache.flush_prefix_cache()
@@ -57,7 +58,7 @@ def run_hybrid(engine: Engine, parallelism: str, num_requests: int, num_problems
     return result
 
 
-def _summary(engine: Engine, task: CountdownTask, asked: dict[Run, Any], seconds: float) -> dict[str, Any]:
+def _summary(engine: Engine, task: Task, asked: dict[Run, Any], seconds: float) -> dict[str, Any]:
     outputs = {run: engine.collect(run) for run in asked}
     verdicts = [task.check(problem, outputs[run].text) for run, problem in asked.items()]
     latencies = sorted(run.wall_s for run in asked)

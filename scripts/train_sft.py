@@ -12,6 +12,7 @@ when the run is done also `model/`, a Hugging Face directory for `generate.py --
 import contextlib
 import pathlib
 import sys
+import tempfile
 
 import cli
 import jax.numpy as jnp
@@ -21,23 +22,29 @@ from flax import nnx
 from ml_collections import config_flags
 
 from apr_jax.config import ModelConfig
-from apr_jax.models.checkpoint import checkpoint_directory
+from apr_jax.models.checkpoint import checkpoint_directory, load_checkpoint
 from apr_jax.models.decoder import Decoder
 from apr_jax.tasks.countdown_features import initial_embedding
-from apr_jax.tasks.countdown_format import BOS, EOS, MATCH, vocabulary
+from apr_jax.tasks.countdown_renderings import RENDERINGS
+from apr_jax.tasks.countdown_sets import held_out_problems
 from apr_jax.tasks.countdown_task import TASKS
-from apr_jax.tokenizers import load_tokenizer
+from apr_jax.tasks.countdown_tokenizer import build_sentencepiece_model
+from apr_jax.tasks.countdown_vocabulary import BOS, EOS, MATCH, vocabulary
+from apr_jax.tokenizers import Tokenizer, load_tokenizer
 from apr_jax.train.countdown_data import PAD_ID, PIECE_IDS, CountdownSamples
 from apr_jax.train.data import ChunkStore
 from apr_jax.train.decoded import decoded
 from apr_jax.train.export import export_countdown
 from apr_jax.train.held_out import teacher_forced
-from apr_jax.train.initialization import tie_matching_heads
+from apr_jax.train.initialization import take_over, tie_matching_heads
 from apr_jax.train.loop import LoopConfig, OptimizerConfig, train
 from apr_jax.train.state import Checkpoints, TrainState
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run's settings, one of configs/*.py.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; an existing run is resumed.")
+_INIT_FROM = flags.DEFINE_string(
+    "init_from", None, "A new run starts from this checkpoint's weights; its vocabulary may be another."
+)
 _EXPORT = flags.DEFINE_string("export", None, "Only export the newest checkpoint into this directory.")
 
 
@@ -58,6 +65,22 @@ def build_decoder(config) -> Decoder:
     return decoder
 
 
+def initial_decoder(config) -> Decoder:
+    """What a new run starts from."""
+    decoder = build_decoder(config)
+    if _INIT_FROM.value is None:
+        return decoder
+    _, source, tokenizer = load_checkpoint(checkpoint_directory(_INIT_FROM.value))
+    pieces = [tokenizer.decode([i]) for i in range(source.config.vocab_size)]
+    return take_over(decoder, source, pieces, vocabulary())
+
+
+def countdown_tokenizer() -> Tokenizer:
+    with tempfile.TemporaryDirectory() as directory:
+        (pathlib.Path(directory) / "tokenizer.model").write_bytes(build_sentencepiece_model())
+        return load_tokenizer(directory)
+
+
 def build_store(config, samples: CountdownSamples, workdir: pathlib.Path) -> ChunkStore:
     """The run's training data."""
     data = config.data
@@ -65,7 +88,7 @@ def build_store(config, samples: CountdownSamples, workdir: pathlib.Path) -> Chu
         workdir / "data",
         samples,
         chunk_size=data.chunk_size,
-        rows_per_step={data.short_len: data.short_rows, data.long_len: data.long_rows},
+        rows_per_step=dict(zip(data.lengths, data.rows, strict=True)),
         pad_id=PAD_ID,
     )
 
@@ -110,14 +133,13 @@ def main() -> None:
         return
     samples = CountdownSamples(**config.samples)
     optimizer = OptimizerConfig(**config.optimizer)
-    held_out = samples.held_out()[: config.num_eval_problems]
+    held_out = held_out_problems("apr")[: config.num_eval_problems]
     teacher = teacher_forced(held_out)
-    decode = decoded(
-        TASKS["countdown"], held_out[: config.num_decoded_problems], load_tokenizer(checkpoint_directory("countdown"))
-    )
+    to_decode = held_out[: config.num_decoded_problems]
+    decode = decoded(TASKS["countdown"], to_decode, countdown_tokenizer(), programs=list(RENDERINGS))
     with cli.profile(), progress(optimizer.num_steps) as (on_step, on_record):
         decoder = train(
-            build_decoder(config),
+            initial_decoder(config),
             build_store(config, samples, workdir),
             workdir,
             optimizer,

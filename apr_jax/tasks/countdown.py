@@ -8,6 +8,7 @@ Source: Pan et al. 2025, Learning Adaptive Parallel Reasoning with Language Mode
 """
 
 import dataclasses
+import functools
 import itertools
 import re
 from collections.abc import Collection, Iterator
@@ -83,21 +84,61 @@ def combine(a: int, b: int) -> Iterator[Equation]:
         yield Equation(a, "/", b, a // b)
 
 
+def needed(target: int, value: int) -> set[int]:
+    """All that gives the target when combined with the value; if both are 0 anything does, which is not listed."""
+    others = {target - value, value - target, target + value}
+    if value > 0:
+        others.add(target * value)
+        if target % value == 0:
+            others.add(target // value)
+    if target > 0 and value % target == 0 and value > 0:
+        others.add(value // target)
+    return {other for other in others if other >= 0}
+
+
+@functools.cache
+def _index_parts(count: int) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]:
+    """Ways to part so many things in two, the smaller part first; each once."""
+    indices = range(count)
+    halves = (c for size in range(1, count // 2 + 1) for c in itertools.combinations(indices, size))
+    return tuple((c, tuple(i for i in indices if i not in c)) for c in halves if 2 * len(c) < count or 0 in c)
+
+
+def _parts(values: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    for left, right in _index_parts(len(values)):
+        yield tuple(values[i] for i in left), tuple(values[i] for i in right)
+
+
+@functools.lru_cache(maxsize=1024)
+def _reachable(values: tuple[int, ...]) -> frozenset[int]:
+    """All that combining all the values can give."""
+    if len(values) == 1:
+        return frozenset(values)
+    reached: set[int] = set()
+    for left, right in _parts(values):
+        for x in _reachable(left):
+            for y in _reachable(right):
+                a, b = (x, y) if x >= y else (y, x)
+                reached.update((a - b, a + b, a * b))
+                if b > 0 and a % b == 0:
+                    reached.add(a // b)
+    return frozenset(reached)
+
+
 def is_solvable(values: tuple[int, ...], target: int) -> bool:
     """Whether combining all the values can give the target. Complete."""
-    if len(values) == 2:
-        a, b = max(values), min(values)
-        return target in (a - b, a + b, a * b) or (b > 0 and target * b == a)
-    for i, j in itertools.combinations(range(len(values)), 2):
-        rest = values[:i] + values[i + 1 : j] + values[j + 1 :]
-        a, b = max(values[i], values[j]), min(values[i], values[j])
-        if (
-            is_solvable((*rest, a - b), target)
-            or is_solvable((*rest, a + b), target)
-            or is_solvable((*rest, a * b), target)
-            or (b > 0 and a % b == 0 and is_solvable((*rest, a // b), target))
-        ):
-            return True
+    if len(values) <= 3:
+        return target in _reachable(values)
+    for left, right in _parts(values):
+        for value in _reachable(left):
+            others = needed(target, value)
+            if value == target == 0:
+                return True
+            if len(right) <= 3:
+                if not others.isdisjoint(_reachable(right)):
+                    return True
+            elif any(is_solvable(right, other) for other in others):
+                return True
     return False
 
 

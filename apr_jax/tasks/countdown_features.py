@@ -7,7 +7,7 @@ affected: all of it is trained.
 
 import numpy as np
 
-from apr_jax.tasks.countdown_format import NUMBERS, vocabulary
+from apr_jax.tasks.countdown_vocabulary import BARE_NUMBERS, NUMBERS, vocabulary
 
 PERIODS = (2, 3, 4, 5, 7, 9, 10, 11, 13, 17, 20, 23, 29, 40, 50, 67, 100, 133, 200, 400)
 LOG_PERIODS = (0.02, 0.03, 0.05, 0.08, 0.13, 0.21, 0.34, 0.55, 0.9, 1.5, 2.5, 5.5)
@@ -24,10 +24,11 @@ def initial_embedding(d_model: int, seed: int) -> np.ndarray:
         raise ValueError(f"d_model is {d_model}, must be >= {num_waves} for the waves")
     pieces = vocabulary()
     table = np.random.default_rng(seed).normal(0.0, d_model**-0.5, (len(pieces), d_model))
-    first = pieces.index(NUMBERS[0])
     n = np.arange(len(NUMBERS))[:, None]
     turns = [n / np.asarray(PERIODS), np.log(np.maximum(n, 0.5)) / np.asarray(LOG_PERIODS)]
     phases = 2 * np.pi * np.concatenate(turns, axis=1)
     waves = np.concatenate([np.cos(phases), np.sin(phases)], axis=1)
-    table[first : first + len(NUMBERS), :num_waves] = waves * d_model**-0.5 * 2**0.5
+    for numbers in (NUMBERS, BARE_NUMBERS):
+        first = pieces.index(numbers[0])
+        table[first : first + len(numbers), :num_waves] = waves * d_model**-0.5 * 2**0.5
     return (table / np.linalg.norm(table, axis=1, keepdims=True)).astype(np.float32)

@@ -1,47 +1,52 @@
-"""One search over a four-number problem, from both ends, as a reasoning tree that two renderings write down.
+"""One search over a Countdown problem as a reasoning tree, which several renderings write down.
 
 The one primitive is the *quad* of two values: difference, sum, product, quotient (None where the quotient is
-not exact, an operand of product or quotient is zero, or the value exceeds `MAX_VALUE`). The quad of two
+not exact, an operand of product or quotient is zero, or the value exceeds the bound). The quad of two
 numbers is what they can *make*. The quad of a target and a number is what is *needed* to reach that target
 with the number: x makes t with c exactly if x is in quad(t, c). So a match between a made quad and a needed
 quad is a solution, and all the arithmetic of the trace is this one function.
 
-    split   a, b | c, d      made: quad(c, d); needed: quad(t, m) for every m in quad(a, b)
-    lemma   one of quad(t, n) for a number n left for last: reach that value with the three other numbers,
-            by three choices of the second last number: made: quad of the other two
+A *line* looks at one state, what is left of the numbers after some steps (equations):
 
-Order: the split of the two smallest and two largest numbers (solves about half of all problems); then the
-lemmas that subtract or divide; then those that add or multiply, and the two other splits.
+    three values a, b, c    made by each pair, needed with the third value: three rounds, complete
+    four values a, b, c, d  made by c and d, needed with whatever a and b make: up to four rounds
+
+The opening looks at the problem itself; where it fails, lines with one step more follow in blocks of at most
+`BLOCK_SIZE`, by operator (`/ - + *`), the larger numbers first: the best order of its kind for the first block. For
+four numbers the search is complete but for the bound on values. Five numbers are brought to four by each line, six by
+a line's step and the first step that its result allows.
 """
 
 import dataclasses
+import functools
+import itertools
+from collections.abc import Iterator
 
-from apr_jax.tasks.countdown import Equation, Problem
+from apr_jax.tasks.countdown import Equation, Problem, combine
 
-MAX_VALUE = 199
+MAX_VALUE = 199  # of what is written down, unless the target is larger
+MAX_LARGE_VALUE = 999
+BLOCK_SIZE = 5
+MAX_LINES = 24  # beside the opening
 Quad = tuple[int | None, int | None, int | None, int | None]
 Pair = tuple[int, int]
 
 
-def quad(x: int, y: int) -> Quad:
+def quad(x: int, y: int, max_value: int = MAX_VALUE) -> Quad:
     """Difference, sum, product and quotient of two values, the larger first."""
     x, y = max(x, y), min(x, y)
-    product = x * y if y > 0 and x * y <= MAX_VALUE else None
-    return x - y, x + y if x + y <= MAX_VALUE else None, product, x // y if y and x % y == 0 else None
+    product = x * y if y > 0 and x * y <= max_value else None
+    return x - y, x + y if x + y <= max_value else None, product, x // y if y and x % y == 0 else None
 
 
-def making(x: int, y: int, slot: int) -> Equation:
-    """The equation behind slot `slot` of quad(x, y)."""
+def making(x: int, y: int, value: int, max_value: int = MAX_VALUE) -> Equation:
+    """The first equation by which x and y make the value."""
     x, y = max(x, y), min(x, y)
-    value = quad(x, y)[slot]
-    assert value is not None
-    return Equation(x, "-+*/"[slot], y, value)
+    return Equation(x, "-+*/"[quad(x, y, max_value).index(value)], y, value)
 
 
-def needing(target: int, number: int, slot: int) -> Equation:
-    """The equation that reaches `target` from `number` and slot `slot` of quad(target, number)."""
-    value = quad(target, number)[slot]
-    assert value is not None
+def needing(target: int, number: int, slot: int, value: int) -> Equation:
+    """The equation that reaches `target` from `number` and the value in slot `slot` of quad(target, number)."""
     if slot == 1:
         return Equation(value, "-", number, target)
     if slot == 2:
@@ -55,74 +60,97 @@ class Round:
     """One comparison of what `pair` makes with what is needed for `target` beside `number`.
 
     `nearest` holds, for every needed value, the made value closest to it (the first of several), up to the first
-    that is equal. `slots` is then (slot of the needed quad, slot of the made quad), a match.
+    that is equal. `slot` is then the slot of the needed quad in which it stands.
     """
 
     pair: Pair
     target: int
     number: int
+    made: Quad
+    needed: Quad
     nearest: tuple[int | None, ...]
-    slots: tuple[int, int] | None
+    slot: int | None
+
+    @property
+    def equations(self) -> tuple[Equation, Equation]:
+        """The last two equations of the solution that a match gives."""
+        assert self.slot is not None
+        value = self.needed[self.slot]
+        assert value is not None
+        made = Equation(max(self.pair), "-+*/"[self.made.index(value)], min(self.pair), value)
+        return made, needing(self.target, self.number, self.slot, value)
 
 
-def compare(pair: Pair, target: int, number: int) -> Round:
-    made, needed = quad(*pair), quad(target, number)
+def compare(pair: Pair, target: int, number: int, max_value: int = MAX_VALUE) -> Round:
+    made, needed = quad(*pair, max_value), quad(target, number, max_value)
     values = [value for value in made if value is not None]
     nearest = [None if x is None else min(values, key=lambda y: abs(x - y)) for x in needed]
     for slot, value in enumerate(needed):
         if value is not None and value == nearest[slot]:
-            return Round(pair, target, number, tuple(nearest[: slot + 1]), (slot, made.index(value)))
-    return Round(pair, target, number, tuple(nearest), None)
+            return Round(pair, target, number, made, needed, tuple(nearest[: slot + 1]), slot)
+    return Round(pair, target, number, made, needed, tuple(nearest), None)
 
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """A state of the search: rounds up to the first match, and the equations that follow from it.
+    """A state of the search: rounds up to the first match.
 
-    `first` is a split's first pair (the rounds' numbers are what it makes), None for a lemma;
-    `last` is a lemma's closing equation (it ends in the problem's target), None for a split.
+    Attributes:
+      steps: equations that lead to the state, in order.
+      values: what is left: numbers in the problem's order, then results in the steps' order; 3 or 4.
+      target: of the problem.
+      first: of four values, what the first two make; None for three.
     """
 
-    first: Pair | None
-    last: Equation | None
-    rest: tuple[int, ...]
+    steps: tuple[Equation, ...]
+    values: tuple[int, ...]
+    target: int
+    first: Quad | None
     rounds: tuple[Round, ...]
-    solution: tuple[Equation, ...] | None
+
+    @functools.cached_property
+    def solution(self) -> tuple[Equation, ...] | None:
+        """Equations from the problem's numbers to the target; None if no round matches."""
+        if self.rounds[-1].slot is None:
+            return None
+        number, ends = self.rounds[-1].number, self.rounds[-1].equations
+        if self.first is None:
+            return (*self.steps, *ends)
+        a, b = max(self.values[:2]), min(self.values[:2])
+        return (*self.steps, Equation(a, "-+*/"[self.first.index(number)], b, number), *ends)
 
 
-def _until_match(rounds) -> tuple[Round, ...]:
-    kept = []
-    for each in rounds:
-        kept.append(each)
-        if each.slots is not None:
+def look_at(steps: tuple[Equation, ...], values: tuple[int, ...], target: int, max_value: int = MAX_VALUE) -> Line:
+    """The line of a state of three or four values."""
+    if len(values) == 3:
+        a, b, c = values
+        first, states = None, [((a, b), c), ((a, c), b), ((b, c), a)]
+    else:
+        a, b, c, d = values
+        first = quad(a, b, max_value)
+        states = [((c, d), x) for x in first if x is not None]
+    rounds = []
+    for pair, number in states:
+        rounds.append(compare(pair, target, number, max_value))
+        if rounds[-1].slot is not None:
             break
-    return tuple(kept)
+    return Line(steps, values, target, first, tuple(rounds))
 
 
-def split_line(first: Pair, second: Pair, target: int) -> Line:
-    rounds = _until_match(compare(second, target, m) for m in quad(*first) if m is not None)
-    solution, final = None, rounds[-1]
-    if final.slots is not None:
-        needed_slot, made_slot = final.slots
-        solution = (
-            making(*first, quad(*first).index(final.number)),
-            making(*second, made_slot),
-            needing(target, final.number, needed_slot),
-        )
-    return Line(first, None, second, rounds, solution)
+def steps_from(values: tuple[int, ...], max_value: int = MAX_VALUE) -> Iterator[tuple[Equation, tuple[int, ...]]]:
+    """First steps from a state, each once, in the search's order; and the state that each leads to.
 
-
-def lemma_line(number: int, slot: int, rest: tuple[int, ...], target: int) -> Line:
-    last = needing(target, number, slot)
-    goal = quad(target, number)[slot]
-    assert goal is not None
-    p, q, r = rest
-    rounds = _until_match(compare(pair, goal, c) for pair, c in (((q, r), p), ((p, r), q), ((p, q), r)))
-    solution, final = None, rounds[-1]
-    if final.slots is not None:
-        needed_slot, made_slot = final.slots
-        solution = (making(*final.pair, made_slot), needing(goal, final.number, needed_slot), last)
-    return Line(None, last, rest, rounds, solution)
+    Left out are values beyond the bound, and products and quotients with 0 and 1: they leave a number as it is, which
+    a round's quads do as well.
+    """
+    seen = set()
+    for operator in "/-+*":
+        for i, j in reversed(list(itertools.combinations(range(len(values)), 2))):
+            for step in combine(values[i], values[j]):
+                trivial = step.operator in "*/" and step.right <= 1
+                if step.operator == operator and step.value <= max_value and not trivial and step not in seen:
+                    seen.add(step)
+                    yield step, (*values[:i], *values[i + 1 : j], *values[j + 1 :], step.value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,32 +165,60 @@ class ReasoningTree:
     blocks: tuple[tuple[Line, ...], ...]
 
     @property
+    def lines(self) -> list[Line]:
+        """All lines in the search's order, the opening first."""
+        return [self.opening, *(line for block in self.blocks for line in block)]
+
+    @property
     def solution(self) -> tuple[Equation, ...] | None:
         """The first solution in the search's order."""
-        lines = [self.opening, *(line for block in self.blocks for line in block)]
-        return next((line.solution for line in lines if line.solution is not None), None)
+        return next((line.solution for line in self.lines if line.solution is not None), None)
+
+
+def all_lines(problem: Problem, max_value: int) -> Iterator[Line]:
+    """The lines of the search, one by one, the opening first."""
+    numbers, target = problem.numbers, problem.target
+    if len(numbers) <= 4:
+        yield look_at((), numbers, target, max_value)
+    if len(numbers) == 3:
+        return
+    for step, values in steps_from(numbers, max_value):
+        steps = (step,)
+        if len(values) == 5:
+            second = next(steps_from(values, max_value), None)
+            if second is None:
+                continue
+            steps, values = (step, second[0]), second[1]
+        yield look_at(steps, values, target, max_value)
+
+
+def max_value_of(problem: Problem) -> int:
+    """The largest value that the problem's trace writes down."""
+    return MAX_VALUE if problem.target <= MAX_VALUE else MAX_LARGE_VALUE
 
 
 def search(problem: Problem) -> ReasoningTree:
-    """Searches a problem of four numbers, each at most 99, with a target of at most 100.
+    """Searches a problem.
 
     Raises:
-      ValueError: a problem outside these bounds (intermediate values must stay writable).
+      ValueError: not 3 to 6 numbers in [1, 99], or a target outside [1, 999]: values must stay writable.
     """
-    if len(problem.numbers) != 4 or min(problem.numbers) < 1 or max(problem.numbers) > 99:
-        raise ValueError(f"numbers are {problem.numbers}, must be 4 integers in [1, 99]")
-    if not 1 <= problem.target <= 100:
-        raise ValueError(f"target is {problem.target}, must be in [1, 100]")
-    numbers, target = problem.numbers, problem.target
-    a, b, c, d = numbers
+    if not 3 <= len(problem.numbers) <= 6 or min(problem.numbers) < 1 or max(problem.numbers) > 99:
+        raise ValueError(f"numbers are {problem.numbers}, must be 3 to 6 integers in [1, 99]")
+    if not 1 <= problem.target <= MAX_LARGE_VALUE:
+        raise ValueError(f"target is {problem.target}, must be in [1, {MAX_LARGE_VALUE}]")
+    opening, *lines = itertools.islice(all_lines(problem, max_value_of(problem)), MAX_LINES + 1)
+    blocks = tuple(tuple(lines[i : i + BLOCK_SIZE]) for i in range(0, len(lines), BLOCK_SIZE))
+    return ReasoningTree(problem, opening, blocks)
 
-    def lemmas(*slots: int) -> list[Line]:
-        return [
-            lemma_line(numbers[i], slot, numbers[:i] + numbers[i + 1 :], target)
-            for slot in slots
-            for i in (3, 2, 1, 0)
-            if quad(target, numbers[i])[slot] is not None
-        ]
 
-    later = [*lemmas(1, 2), split_line((a, c), (b, d), target), split_line((a, d), (b, c), target)]
-    return ReasoningTree(problem, split_line((a, b), (c, d), target), (tuple(lemmas(0, 3)), tuple(later)))
+def hardness(problem: Problem) -> int:
+    """How many states the search looks at up to its first solution when values have no bound.
+
+    For three and four numbers that search is complete; where it finds nothing (more numbers), all states and one more.
+    """
+    count = 0
+    for count, line in enumerate(all_lines(problem, 10**9), 1):
+        if line.solution is not None:
+            return count
+    return count + 1

@@ -1,40 +1,57 @@
-"""Countdown as a `Task`."""
+"""Countdown as tasks, one for each of the held-out sets."""
 
+import itertools
 import re
 
-from apr_jax.tasks.countdown import Problem, check_equations, draw_problems, parse_equations
-from apr_jax.tasks.countdown_format import BOS, EOS, MODES, extract_answer, format_prompt
+from apr_jax.tasks.countdown import Problem, check_equations, parse_equations
+from apr_jax.tasks.countdown_format import extract_answer
 from apr_jax.tasks.countdown_parse import well_formed
+from apr_jax.tasks.countdown_renderings import prompt_of
+from apr_jax.tasks.countdown_sets import HELD_OUT_SEED as HELD_OUT_SEED
+from apr_jax.tasks.countdown_sets import draw_set
+from apr_jax.tasks.countdown_vocabulary import BOS, EOS, MODES
 from apr_jax.tasks.task import Task, Verdict
 
-HELD_OUT_SEED = 1  # `problems(500, HELD_OUT_SEED)` are never trained on
 _PROMPT = re.compile(rf"\s*(?:{'|'.join(MODES.values())})?\s*(\d+(?:\s+\d+)+)\s*->\s*(\d+)\s*")
-_CLOSERS = re.compile(rf"(?:</Path>|{EOS})\s*$")
+_CLOSERS = re.compile(rf"(?:</Path>|</step>|</Thread>|{EOS})\s*$")
 _LABEL = re.compile(r"^\s*\d+:")
+_PATH = re.compile(r"\nOperations: ([^\n]*)\n[^\n]*Goal Reached\s*$")
+_STATE = re.compile(r"\s*Moving to Node #0\nCurrent State: (\d+):\[([\d, ]+)\], Operations: \[\]\s*")
 
 
 class CountdownTask:
-    """APR's distribution: 4 numbers in [1, 99], targets in [10, 100], all solvable (see `Task`)."""
+    """Problems like those of a held-out set, all solvable (see `Task`): APR's distribution is 4 numbers in [1, 99] and
+    targets in [10, 100].
+    """
 
-    name = "countdown"
     separator = " ;"
-    fingerprint = "apr"
+
+    def __init__(self, name: str, kind: str):
+        self.name = name
+        self.fingerprint = kind
+        self._kind = kind
 
     def problems(self, num: int, seed: int) -> list[Problem]:
-        return draw_problems(seed, num)
+        return list(itertools.islice(draw_set(self._kind, seed), num))
 
     def prompt(self, problem: Problem, program: str) -> str:
-        return format_prompt(problem, program)
+        return prompt_of(problem, program)
 
     def problem_of(self, prompt: str) -> Problem | None:
-        match = _PROMPT.fullmatch(prompt.removeprefix(BOS))
+        prompt = prompt.removeprefix(BOS)
+        if match := _STATE.fullmatch(prompt):
+            return Problem(tuple(map(int, match[2].split(","))), int(match[1]))
+        match = _PROMPT.fullmatch(prompt)
         return Problem(tuple(map(int, match[1].split())), int(match[2])) if match else None
 
     def accept(self, prompt: str, text: str) -> bool:
-        """Replays the equations behind the last ` =>`, those of a path (`... =>2: equations</Path>`) too."""
+        """Replays the equations behind the last ` =>`, those of a path (`=>2: equations</Path>`) too, and those that
+        a search of APR's has reached the goal with.
+        """
         problem = self.problem_of(prompt)
-        said = _CLOSERS.sub("", text.rpartition("=>")[2])
-        equations = parse_equations(_LABEL.sub("", said))
+        said = _CLOSERS.sub("", text)
+        path = _PATH.search(said)
+        equations = parse_equations(path[1] if path else _LABEL.sub("", said.rpartition("=>")[2]))
         return problem is not None and equations is not None and check_equations(problem, equations) is None
 
     def answer(self, text: str) -> str | None:
@@ -55,4 +72,8 @@ class CountdownTask:
         return Verdict(correct=reason is None, answer=answer, reason=reason)
 
 
-TASKS: dict[str, Task] = {"countdown": CountdownTask()}
+TASKS: dict[str, Task] = {
+    "countdown": CountdownTask("countdown", "apr"),
+    "countdown_hard": CountdownTask("countdown_hard", "hard"),
+    "countdown_five": CountdownTask("countdown_five", "five"),
+}

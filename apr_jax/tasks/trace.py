@@ -6,6 +6,7 @@ piece is one token. Tasks write traces, the trainer turns them into tokens, posi
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Literal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,20 +27,30 @@ class Span:
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """Branches of one fork, each a trace of its own."""
+    """Branches of one fork, each a trace of its own, and how they are joined.
+
+    Attributes:
+      join: `stitch` (or `conclusion`, where branches have a kept end): positions go on behind the longest branch.
+        `prefill`: branches are read one after another. `splice`: there is one branch, the call, which nothing behind it
+        sees; what it calls are `searches`, traces that share no context with it.
+      chosen: the branch that a join of the first success takes, if one succeeds.
+    """
 
     branches: tuple["Trace", ...]
+    join: Literal["stitch", "prefill", "splice"] = "stitch"
+    searches: tuple["Trace", ...] = ()
+    chosen: int | None = None
 
 
 Trace = tuple[Span | Block, ...]
 
 
 def trace_spans(trace: Trace) -> Iterator[Span]:
-    """All spans in reading order."""
+    """All spans in reading order; a call that is spliced away, and what it called, are not read."""
     for part in trace:
         if isinstance(part, Span):
             yield part
-        else:
+        elif part.join != "splice":
             for branch in part.branches:
                 yield from trace_spans(branch)
 
@@ -55,8 +66,16 @@ def num_pieces(trace: Trace) -> int:
 
 
 def critical_path(trace: Trace) -> int:
-    """Tokens on the longest chain: of each block only the longest branch counts."""
-    return sum(
-        len(part.pieces) if isinstance(part, Span) else max(critical_path(branch) for branch in part.branches)
-        for part in trace
-    )
+    """Tokens on the longest chain: of each block only the longest branch counts. Prompts of searches do not."""
+    length = 0
+    for part in trace:
+        if isinstance(part, Span):
+            length += len(part.pieces)
+        else:
+            length += max(map(critical_path, part.branches))
+            length += max((critical_path(each) - _prompt_len(each) for each in part.searches), default=0)
+    return length
+
+
+def _prompt_len(search: Trace) -> int:
+    return search[0].forced if isinstance(search[0], Span) else 0

@@ -5,9 +5,12 @@ import functools
 
 import numpy as np
 
-from apr_jax.tasks.countdown import Problem, draw_problem, draw_problems
-from apr_jax.tasks.countdown_format import PAD, RENDERINGS, vocabulary
+from apr_jax.tasks.countdown import Problem, ProblemConfig, draw_problem
+from apr_jax.tasks.countdown_format import FORMATS, render_blocks
+from apr_jax.tasks.countdown_renderings import RENDERINGS
 from apr_jax.tasks.countdown_search import search
+from apr_jax.tasks.countdown_sets import held_out_problems
+from apr_jax.tasks.countdown_vocabulary import PAD, vocabulary
 from apr_jax.train.countdown_drills import draw_drill
 from apr_jax.train.packing import Row, flatten
 
@@ -17,47 +20,58 @@ PAD_ID = PIECE_IDS[PAD]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CountdownSamples:
-    """Which traces are trained on.
+    """Which traces are trained on. No problem of a held-out set is ever drawn.
 
     Attributes:
       seed: of the training problems and of the choices below.
-      held_out_seed, num_held_out: the problems that are never trained on, `draw_problems(seed, num)`.
-      max_len: longer traces are left out.
-      keep_easy: share kept of the problems that the opening solves (about half of all, and short).
-      parallel_share: traces written as Multiverse blocks; the others are sequential.
+      max_len: traces with a longer row are left out.
+      keep_easy: share kept of the problems that the opening solves (nearly half of all, and short).
+      shares: how often each rendering is chosen, in the order of RENDERINGS; need not sum to 1.
+      conclusion_share: of the stitched ones, those joined by conclusion; first_share: those joined where the first
+        branch solves.
+      off_share: of those with blocks, those that write some or all as lines, as a thread does that may not fork.
+      other_share: of problems with 3 or 5 numbers, as many of each; the others have 4.
       drill_share: of the first `num_drilled` samples, those that are drills instead (see `countdown_drills`).
-      conclusion_share: of the parallel ones, those joined by conclusion.
     """
 
     seed: int = 0
-    held_out_seed: int = 1
-    num_held_out: int = 500
-    max_len: int = 1152
+    max_len: int = 2048
     keep_easy: float = 0.5
-    parallel_share: float = 0.5
-    conclusion_share: float = 0.25
+    shares: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0, 1.0)
+    conclusion_share: float = 0.2
+    first_share: float = 0.2
+    off_share: float = 0.1
+    other_share: float = 0.0
     drill_share: float = 0.0
     num_drilled: int = 0
 
-    def held_out(self) -> list[Problem]:
-        """The held-out problems."""
-        return draw_problems(self.held_out_seed, self.num_held_out)
+    def __post_init__(self):
+        if len(self.shares) != len(RENDERINGS) or min(self.shares) < 0 or sum(self.shares) <= 0:
+            raise ValueError(f"shares are {self.shares}, must be {len(RENDERINGS)} numbers >= 0, not all 0")
 
-    def __call__(self, index: int) -> Row | None:
-        """Sample number `index`; None if it is left out."""
+    def __call__(self, index: int) -> list[Row]:
+        """The rows of sample number `index`; none if it is left out."""
         rng = np.random.default_rng((self.seed, index, 1))
-        if index < self.num_drilled and rng.random() < self.drill_share:
+        drill, size, keep, join_draw, off = rng.random(5)
+        if index < self.num_drilled and drill < self.drill_share:
             return flatten(draw_drill(rng), PIECE_IDS.__getitem__)
-        tree = search(draw_problem(self.seed, index, exclude=_held_out(self)))
-        keep, parallel, conclusion = rng.random(3)
+        num_numbers = 4 if size >= self.other_share else 3 if size < self.other_share / 2 else 5
+        problem = draw_problem(self.seed, index, ProblemConfig(num_numbers=num_numbers), exclude=_held_out())
+        tree = search(problem)
         if tree.opening.solution is not None and keep >= self.keep_easy:
-            return None
-        program = "multiverse" if parallel < self.parallel_share else "sequential"
-        join = "conclusion" if conclusion < self.conclusion_share else "stitch"
-        row = flatten(RENDERINGS[program](tree), PIECE_IDS.__getitem__, join)
-        return row if len(row) <= self.max_len else None
+            return []
+        shares = np.asarray(self.shares) / sum(self.shares)
+        program = list(RENDERINGS)[rng.choice(len(RENDERINGS), p=shares)]
+        if program in FORMATS and tree.blocks and off < self.off_share:
+            trace = render_blocks(tree, FORMATS[program], max_forks=int(rng.integers(min(2, len(tree.blocks)))))
+        else:
+            trace = RENDERINGS[program](tree)
+        joins = {"conclusion": self.conclusion_share, "first": self.conclusion_share + self.first_share}
+        join = next((name for name, bound in joins.items() if join_draw < bound), "stitch")
+        rows = flatten(trace, PIECE_IDS.__getitem__, join)
+        return rows if max(map(len, rows)) <= self.max_len else []
 
 
 @functools.cache
-def _held_out(samples: CountdownSamples) -> frozenset[Problem]:
-    return frozenset(samples.held_out())
+def _held_out() -> frozenset[Problem]:
+    return frozenset(problem for name in ("apr", "hard", "five") for problem in held_out_problems(name))

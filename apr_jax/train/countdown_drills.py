@@ -6,8 +6,8 @@ operands are given, slots and marks are learned.
 
 import numpy as np
 
-from apr_jax.tasks.countdown_format import BOS, MATCH, MODES, NEAREST, number_piece
 from apr_jax.tasks.countdown_search import MAX_VALUE, compare, quad
+from apr_jax.tasks.countdown_vocabulary import BOS, MATCH, MODES, NEAREST, numbers_pieces
 from apr_jax.tasks.trace import Span, Trace
 
 NUM_ROUNDS = 11
@@ -30,12 +30,12 @@ def draw_drill(rng: np.random.Generator) -> Trace:
         else:
             target, number = int(rng.integers(0, MAX_VALUE + 1)), int(rng.integers(1, 100))
         earlier = pair
-        spans.append(Span((*map(number_piece, pair), " ="), forced=3))
-        spans.append(Span((*map(number_piece, quad(*pair)), " |")))
-        spans.append(Span((number_piece(target), number_piece(number), " ="), forced=3))
         found = compare(pair, target, number)
-        needed = (*map(number_piece, quad(target, number)), NEAREST, *map(number_piece, found.nearest))
-        if found.slots is None:
+        spans.append(Span((*numbers_pieces(pair), " ="), forced=3))
+        spans.append(Span((*numbers_pieces(found.made), " |")))
+        spans.append(Span((*numbers_pieces((target, number)), " ="), forced=3))
+        needed = (*numbers_pieces(found.needed), NEAREST, *numbers_pieces(found.nearest))
+        if found.slot is None:
             spans.append(Span((*needed, " ,")))
         else:
             spans.append(Span((*needed, MATCH)))

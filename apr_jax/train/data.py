@@ -23,7 +23,7 @@ class ChunkStore:
 
     Args:
       directory: where the files go; a subfolder is named after everything they depend on.
-      samples: index -> Row, or None to leave the sample out. Its repr must say all it depends on.
+      samples: index -> rows, none to leave the sample out. Its repr must say all it depends on.
       chunk_size: samples a chunk.
       rows_per_step: row length -> rows, ascending lengths.
       pad_id: token id of the padding.
@@ -32,7 +32,7 @@ class ChunkStore:
     def __init__(
         self,
         directory: str | os.PathLike,
-        samples: Callable[[int], Row | None],
+        samples: Callable[[int], list[Row]],
         *,
         chunk_size: int,
         rows_per_step: Mapping[int, int],
@@ -52,7 +52,7 @@ class ChunkStore:
         if path.exists():
             return
         first = chunk * self.chunk_size
-        rows = [row for i in range(first, first + self.chunk_size) if (row := self.samples(i)) is not None]
+        rows = [row for i in range(first, first + self.chunk_size) for row in self.samples(i)]
         packed = pack(rows, list(self.rows_per_step), self.pad_id)
         rng = np.random.default_rng((chunk, 2))
         for length in packed:
@@ -70,7 +70,7 @@ class ChunkStore:
         os.replace(partial, path)
 
     def load(self, chunk: int) -> list[Step]:
-        """The steps of a chunk, made now if no worker has."""
+        """The steps of a chunk, made now if no worker has. A step has the lengths that it has rows of."""
         self.make(chunk)
         with np.load(self.path(chunk)) as arrays:
             loaded = {name: arrays[name] for name in arrays.files}
@@ -82,6 +82,7 @@ class ChunkStore:
                     for field in FIELDS
                 }
                 for length in self.rows_per_step
+                if (loaded[f"{length}/tokens"][i] != self.pad_id).any()
             }
             for i in range(num_steps)
         ]

@@ -15,8 +15,8 @@ def decoded(
     problems: Sequence[Any],
     tokenizer: Tokenizer,
     *,
-    programs: Sequence[str] = ("sequential", "multiverse"),
-    max_new_tokens: int = 1200,
+    programs: Sequence[str],
+    max_new_tokens: int = 1600,
 ) -> Callable[[Decoder], dict[str, float]]:
     """An evaluation that solves problems with the engine.
 

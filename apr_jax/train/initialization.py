@@ -1,9 +1,12 @@
 """Initial weights that make a skill easy to find."""
 
+from collections.abc import Sequence
+
 import jax.numpy as jnp
 import numpy as np
 
 from apr_jax.models.decoder import Decoder
+from apr_jax.models.params import build_decoder, named_params
 
 
 def tie_matching_heads(decoder: Decoder) -> None:
@@ -18,3 +21,29 @@ def tie_matching_heads(decoder: Decoder) -> None:
         heads = queries.reshape(config.d_model, config.num_kv_heads, config.group_size, config.head_dim)
         heads[:, :, 0] = keys.reshape(config.d_model, config.num_kv_heads, config.head_dim)
         layer.attention.q.kernel[...] = jnp.asarray(heads.reshape(queries.shape))
+
+
+def take_over(decoder: Decoder, source: Decoder, source_pieces: Sequence[str], pieces: Sequence[str]) -> Decoder:
+    """A decoder that knows what a source with another vocabulary knows.
+
+    A piece's embedding is the source's of the same piece, or of the piece that differs by a leading space only; one
+    that the source has not keeps the decoder's own, at the mean length of the others.
+
+    Raises:
+      ValueError: the two differ in more than the vocabulary, or an embedding is not tied.
+    """
+    values, taken = named_params(decoder), named_params(source)
+    for name, value in values.items():
+        if name != "embedding" and (name not in taken or taken[name].shape != value.shape):
+            found = taken[name].shape if name in taken else None
+            raise ValueError(f"{name} is {found} in the source, must be {value.shape}")
+    mine, theirs = np.array(values["embedding"]), np.asarray(taken["embedding"])
+    by_text = {piece.strip(" "): i for i, piece in enumerate(source_pieces)} | {
+        p: i for i, p in enumerate(source_pieces)
+    }
+    length = np.linalg.norm(theirs, axis=1).mean()
+    mine *= length / np.linalg.norm(mine, axis=1, keepdims=True)
+    for i, piece in enumerate(pieces):
+        if (found := by_text.get(piece, by_text.get(piece.strip(" ")))) is not None:
+            mine[i] = theirs[found]
+    return build_decoder(decoder.config, decoder.dtype, {**taken, "embedding": jnp.asarray(mine)}.__getitem__)

@@ -120,6 +120,9 @@ def train(
       stop_at: end early after this step, with a checkpoint, as if interrupted there.
 
     Returns: the trained decoder.
+
+    A record holds the step's loss, and since the one before: learned tokens a second, the arithmetic that takes, and
+    the share of time spent waiting for data.
     """
     workdir.mkdir(parents=True, exist_ok=True)
     optimizer = optimizer_config.build()
@@ -131,7 +134,8 @@ def train(
     log = TrainLog(workdir / "log.jsonl", state.step)
     update = make_train_step(graphdef, optimizer, token_weights)
     last_step = min(optimizer_config.num_steps, stop_at or optimizer_config.num_steps)
-    num_tokens, since = 0.0, time.monotonic()
+    num_tokens, since, waited_s = 0.0, time.monotonic(), 0.0
+    flops_per_token = 6 * decoder.num_params  # forward and backward, attention left out
 
     def record(values: Mapping[str, Any]) -> None:
         log.write({"step": state.step, **values})
@@ -142,7 +146,9 @@ def train(
         while state.step < last_step:
             if state.offset >= len(steps):
                 state.chunk, state.offset = state.chunk + 1, 0
+                asked = time.monotonic()
                 steps = reader.load(state.chunk)
+                waited_s += time.monotonic() - asked
                 continue
             with jax.profiler.StepTraceAnnotation("train", step_num=state.step):
                 batch = steps[state.offset]
@@ -153,13 +159,19 @@ def train(
             if state.step % loop.log_every == 0 or state.step == last_step:
                 now = time.monotonic()
                 values: dict[str, Any] = {name: round(float(value), 5) for name, value in metrics.items()}
-                values |= {"tokens_per_s": round(num_tokens / (now - since)), "time": round(time.time(), 1)}
+                per_s = num_tokens / (now - since)
+                values |= {
+                    "tokens_per_s": round(per_s),
+                    "gflops_per_s": round(per_s * flops_per_token / 1e9, 2),
+                    "data_wait": round(waited_s / (now - since), 3),
+                    "time": round(time.time(), 1),
+                }
                 record(values)
-                num_tokens, since = 0.0, now
+                num_tokens, since, waited_s = 0.0, now, 0.0
             finished = state.step == optimizer_config.num_steps
             if evaluate is not None and (state.step % loop.eval_every == 0 or finished):
                 record({"held_out": evaluate(nnx.merge(graphdef, state.params))})
-                since = time.monotonic()
+                num_tokens, since, waited_s = 0.0, time.monotonic(), 0.0
             if state.step % loop.checkpoint_every == 0 or state.step == last_step:
                 checkpoints.save(graphdef, state)
     checkpoints.close()

@@ -1,8 +1,9 @@
 """Traces to arrays: what is trained is what the engine decodes.
 
-Positions follow Multiverse: every branch of a block starts at the fork's next position, and what comes after
-the block goes on from the largest next position of the branches. Siblings do not see each other; what comes
-after a block sees all of it (`stitch`), or of each branch only the kept end (`conclusion`).
+Every branch of a block starts at the fork's next position, and siblings do not see each other. What comes after a
+block goes on from the largest next position of the branches and sees all of it (`stitch`), or of each branch only the
+kept end (`conclusion`); or it sees the branches written once more, one after another (`prefill`); or it takes the place
+of the one branch, a call, which it does not see (`splice`): what was called are rows of their own.
 
 The mask of a row is held as three numbers a token, so that it is built on the device and several traces can
 share a row: token k is visible to q exactly if k <= q < end[k] and not hide_from[k] <= q < hide_to[k].
@@ -17,8 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from apr_jax.tasks.trace import Span, Trace
+from apr_jax.tasks.trace import Block, Span, Trace
 
+JOINS = ("stitch", "conclusion", "first")
 FIELDS = ("tokens", "positions", "end", "hide_from", "hide_to", "loss")
 
 
@@ -41,65 +43,113 @@ class Row:
         return len(self.tokens)
 
 
-def flatten(trace: Trace, piece_id: Callable[[str], int], join: str = "stitch") -> Row:
-    """One trace as a row of exactly its length.
+def flatten(trace: Trace, piece_id: Callable[[str], int], join: str = "stitch") -> list[Row]:
+    """One trace as rows of exactly their lengths: the root's, then those of searches that share no context with it.
 
     Args:
       piece_id: maps a piece to its token id.
-      join: "stitch" or "conclusion".
+      join: for blocks that are stitched: "stitch", "conclusion", or "first": where a branch is chosen, what follows
+        sees no other.
 
     Raises:
       ValueError: an unknown join, or a block inside a branch.
     """
-    if join not in ("stitch", "conclusion"):
-        raise ValueError(f"join is {join!r}, must be 'stitch' or 'conclusion'")
-    tokens: list[int] = []
-    positions: list[int] = []
-    sampled: list[bool] = []
-    hide_from: list[int] = []
-    hide_to: list[int] = []
-
-    def add(span: Span, position: int) -> int:
-        tokens.extend(piece_id(piece) for piece in span.pieces)
-        positions.extend(range(position, position + len(span.pieces)))
-        sampled.extend(i >= span.forced for i in range(len(span.pieces)))
-        hide_from.extend([0] * len(span.pieces))
-        hide_to.extend([0] * len(span.pieces))
-        return position + len(span.pieces)
-
-    position = 0
-    dropped: list[tuple[int, int]] = []
+    if join not in JOINS:
+        raise ValueError(f"join is {join!r}, must be one of {', '.join(JOINS)}")
+    writer = _Writer(piece_id)
+    position, searches = 0, []
     for part in trace:
         if isinstance(part, Span):
-            position = add(part, position)
-            continue
-        bounds, farthest = [], position
-        for branch in part.branches:
-            start, branch_position, kept = len(tokens), position, None
-            for span in branch:
-                if not isinstance(span, Span):
-                    raise ValueError("a block inside a branch is not supported in training")
-                if span.kept is not None:
-                    kept = len(tokens) + span.kept
-                branch_position = add(span, branch_position)
-            bounds.append((start, len(tokens)))
-            if kept is not None:
-                dropped.append((start, kept))
-            farthest = max(farthest, branch_position)
-        for start, stop in bounds:
-            hide_from[start:stop] = [stop] * (stop - start)
-            hide_to[start:stop] = [len(tokens)] * (stop - start)
-        position = farthest
-    if join == "conclusion":
-        for start, stop in dropped:
-            hide_to[start:stop] = [len(tokens)] * (stop - start)
-    loss = np.zeros(len(tokens), np.float32)
-    loss[:-1] = sampled[1:]
-    end = [len(tokens)] * len(tokens)
-    ids, places, ends, hidden_from, hidden_to = (
-        np.asarray(a, np.int32) for a in (tokens, positions, end, hide_from, hide_to)
-    )
-    return Row(ids, places, ends, hidden_from, hidden_to, loss)
+            position = writer.add(part, position)
+        elif part.join == "stitch":
+            position = _stitch(writer, part, position, join)
+        elif part.join == "prefill":
+            position = _prefill(writer, part, position)
+        else:
+            (call,) = part.branches
+            writer.end_here(*writer.branch(call, position)[:2])
+            searches += [row for search in part.searches for row in flatten(search, piece_id)]
+    return [writer.row(), *searches]
+
+
+class _Writer:
+    """A row in the making."""
+
+    def __init__(self, piece_id: Callable[[str], int]):
+        self._piece_id = piece_id
+        self._tokens: list[int] = []
+        self._positions: list[int] = []
+        self._sampled: list[bool] = []
+        self._ends: list[tuple[int, int, int]] = []  # tokens [start, stop) are not seen from `end` on
+        self._hidden: list[tuple[int, int, int, int]] = []  # tokens [start, stop) by queries [hide_from, hide_to)
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def add(self, span: Span, position: int, learn: bool = True) -> int:
+        """Writes a span from a position on; returns the next."""
+        count = len(span.pieces)
+        self._tokens += [self._piece_id(piece) for piece in span.pieces]
+        self._positions += range(position, position + count)
+        self._sampled += [learn and i >= span.forced for i in range(count)]
+        return position + count
+
+    def branch(self, branch: Trace, position: int, learn: bool = True) -> tuple[int, int, int | None, int]:
+        """Writes a branch; returns its half-open interval, the first kept token, if marked, and the next position."""
+        start, kept = len(self), None
+        for span in branch:
+            if not isinstance(span, Span):
+                raise ValueError("a block inside a branch is not supported in training")
+            if span.kept is not None:
+                kept = len(self) + span.kept
+            position = self.add(span, position, learn)
+        return start, len(self), kept, position
+
+    def end_here(self, start: int, stop: int) -> None:
+        """Nothing that is written from now on sees these tokens."""
+        self._ends.append((start, stop, len(self)))
+
+    def hide(self, start: int, stop: int, hide_from: int, hide_to: int) -> None:
+        """These tokens are not seen by those in [hide_from, hide_to)."""
+        self._hidden.append((start, stop, hide_from, hide_to))
+
+    def row(self) -> Row:
+        end, hide_from, hide_to = np.full(len(self), len(self), np.int32), *np.zeros((2, len(self)), np.int32)
+        for start, stop, at in self._ends:
+            end[start:stop] = at
+        for start, stop, first, last in self._hidden:
+            hide_from[start:stop], hide_to[start:stop] = first, last
+        loss = np.zeros(len(self), np.float32)
+        loss[:-1] = self._sampled[1:]
+        tokens, positions = np.asarray(self._tokens, np.int32), np.asarray(self._positions, np.int32)
+        return Row(tokens, positions, end, hide_from, hide_to, loss)
+
+
+def _stitch(writer: _Writer, block: Block, position: int, join: str) -> int:
+    written = [writer.branch(branch, position) for branch in block.branches]
+    for start, stop, kept, _ in written:
+        writer.hide(start, stop, stop, len(writer))
+        if join == "conclusion" and kept is not None:
+            writer.end_here(start, kept)
+    if join == "first" and block.chosen is not None:
+        for i, (start, stop, *_) in enumerate(written):
+            if i != block.chosen:
+                writer.end_here(start, stop)
+        written = [written[block.chosen]]
+    return max([position, *(after for *_, after in written)])
+
+
+def _prefill(writer: _Writer, block: Block, position: int) -> int:
+    """Branches as they are sampled; then all but the first once more, as they are read, one after another."""
+    first, *others = block.branches
+    start, stop, _, after = writer.branch(first, position)
+    for branch in others:
+        begin, end, *_ = writer.branch(branch, position)
+        writer.end_here(begin, end)
+    writer.hide(start, stop, stop, len(writer))
+    for branch in others:
+        *_, after = writer.branch(branch, after, learn=False)
+    return after
 
 
 def pack(rows: Iterable[Row], lengths: Sequence[int], pad_id: int) -> dict[int, list[Row]]:

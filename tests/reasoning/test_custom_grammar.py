@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import pytest
+from sentencepiece import sentencepiece_model_pb2
 from transcripts import Transcripts, assert_all_pages_free, scripted_engine
 
 from apr_jax.reasoning.grammars.custom import load_grammar
@@ -105,8 +106,12 @@ def test_files_that_cannot_be_read(tmp_path):
 
 @pytest.mark.parametrize("name", ["npr", "threadweaver", "parallel_r1", "apr"])
 def test_a_tokenizer_that_cannot_write_a_programs_tags_is_named(name, tmp_path):
+    model = sentencepiece_model_pb2.ModelProto.FromString(build_sentencepiece_model())
+    kept = [piece for piece in model.pieces if "\n" not in piece.piece]
+    del model.pieces[:]
+    model.pieces.extend(kept)
     path = tmp_path / "tokenizer.model"
-    path.write_bytes(build_sentencepiece_model())
+    path.write_bytes(model.SerializeToString())
     with pytest.raises(ValueError, match=f"program '{name}' is not for this model's tokenizer: no token for"):
         make_program(name, SentencePieceTokenizer(path))
 

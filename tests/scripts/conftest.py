@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from apr_jax.tasks.countdown_format import vocabulary
+from apr_jax.tasks.countdown_vocabulary import vocabulary
 from apr_jax.testing import tiny_config, tiny_decoder
 from apr_jax.train.export import export_countdown
 

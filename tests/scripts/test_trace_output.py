@@ -23,7 +23,7 @@ def test_a_page_and_a_chrome_trace(tmp_path, countdown):
     page = (tmp_path / "out.html").read_text(encoding="utf-8")
     told = json.loads(page.partition('id="trace">')[2].partition("</script>")[0])
     assert len(told["requests"]) == 2 and told["requests"][0]["metrics"]["total_tokens"] > 0
-    assert told["title"] == "multiverse: <parallel> 3 5 7 11 -> 26"
+    assert told["title"] == "multiverse: <multiverse> 3 5 7 11 -> 26"
     events = json.loads((tmp_path / "out.json").read_text())["traceEvents"]
     assert {event["args"]["name"] for event in events if event["name"] == "process_name"} >= {"request 0", "request 1"}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.html", "out.json"]

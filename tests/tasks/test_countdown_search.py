@@ -1,9 +1,9 @@
-"""The search from both ends: what it finds is right, and what it misses has a reason."""
+"""The search: what it finds is right, and what it misses has a reason."""
 
 import pytest
 
-from apr_jax.tasks.countdown import Problem, check_equations, combine, draw_problems
-from apr_jax.tasks.countdown_search import MAX_VALUE, compare, making, needing, quad, search
+from apr_jax.tasks.countdown import APR, Problem, ProblemConfig, check_equations, combine, draw_problem, draw_problems
+from apr_jax.tasks.countdown_search import MAX_VALUE, compare, hardness, needing, quad, search
 
 PROBLEMS = draw_problems(21, 150)
 
@@ -31,20 +31,43 @@ def test_search_is_complete_within_its_bounds():
     assert outcomes == {True, False}
 
 
-def test_every_solution_of_every_line_replays():
-    for problem in PROBLEMS:
-        tree = search(problem)
-        for line in (tree.opening, *(line for block in tree.blocks for line in block)):
+@pytest.mark.parametrize("num_numbers", [3, 4, 5, 6])
+def test_every_solution_of_every_line_replays(num_numbers):
+    for index in range(25):
+        config = ProblemConfig(num_numbers=num_numbers, max_target=999 if index % 2 else 100)
+        problem = draw_problem(22, index, config)
+        for line in search(problem).lines:
+            assert len(line.steps) + len(line.values) == num_numbers
             if line.solution is not None:
                 assert check_equations(problem, list(line.solution)) is None
-            assert [r.slots is not None for r in line.rounds[:-1]] == [False] * (len(line.rounds) - 1)
-            assert (line.rounds[-1].slots is not None) == (line.solution is not None)
+            assert [r.slot is not None for r in line.rounds[:-1]] == [False] * (len(line.rounds) - 1)
+            assert (line.rounds[-1].slot is not None) == (line.solution is not None)
 
 
-def test_most_problems_are_solved_and_about_half_at_once():
+def test_steps_lead_to_the_values_that_are_left():
+    for problem in PROBLEMS[:40]:
+        for line in search(problem).lines[1:]:
+            left = sorted([*line.values[:-1], line.steps[0].left, line.steps[0].right])
+            assert tuple(left) == problem.numbers and line.values[-1] == line.steps[0].value and line.steps[0].holds
+
+
+def test_most_problems_are_solved_and_nearly_half_at_once():
     trees = [search(problem) for problem in PROBLEMS]
     assert 0.85 < sum(tree.solution is not None for tree in trees) / len(trees) < 1
     assert 0.35 < sum(tree.opening.solution is not None for tree in trees) / len(trees) < 0.65
+
+
+def test_hardness_counts_the_states_of_a_complete_search():
+    for problem in PROBLEMS:  # every problem of APR's distribution is solvable: a complete search finds it
+        tree = search(problem)
+        solved = [i for i, line in enumerate(tree.lines, 1) if line.solution is not None]
+        assert 1 <= hardness(problem) <= 1 + 24
+        if solved and hardness(problem) == 1:
+            assert solved[0] == 1
+    assert hardness(Problem((22, 26, 31, 53), 27)) == 2
+    unsolvable = Problem((1, 1, 1, 1), 99)
+    assert hardness(unsolvable) == len(search(unsolvable).lines) + 1
+    assert APR.num_numbers == 4
 
 
 @pytest.mark.parametrize(
@@ -61,30 +84,29 @@ def test_quad(x, y, expected):
     assert quad(x, y) == quad(y, x) == expected
 
 
-def test_made_and_needed_equations_hold():
+def test_needed_equations_hold():
     for x in (1, 2, 5, 12, 27, 60, 99):
         for y in (1, 3, 6, 12, 54, 99):
             for slot, value in enumerate(quad(x, y)):
-                if value is None:
-                    continue
-                made, needed = making(x, y, slot), needing(x, y, slot)
-                assert made.holds and made.value == value and {made.left, made.right} == {x, y}
-                assert needed.holds and needed.value == x and sorted((needed.left, needed.right)) == sorted((value, y))
+                if value is not None:
+                    needed = needing(x, y, slot, value)
+                    assert needed.holds and needed.value == x
+                    assert sorted((needed.left, needed.right)) == sorted((value, y))
 
 
 def test_nearest_made_values_are_listed_up_to_the_first_match():
     # made: 66 122; needed: 5 17 66 .
-    assert compare((28, 94), 6, 11).nearest == (66, 66, 66) and compare((28, 94), 6, 11).slots == (2, 0)
+    assert compare((28, 94), 6, 11).nearest == (66, 66, 66) and compare((28, 94), 6, 11).slot == 2
     # made: 70 126; needed: 9 13 22 .
-    assert compare((28, 98), 2, 11).nearest == (70, 70, 70, None) and compare((28, 98), 2, 11).slots is None
+    assert compare((28, 98), 2, 11).nearest == (70, 70, 70, None) and compare((28, 98), 2, 11).slot is None
 
 
 @pytest.mark.parametrize(
     ("numbers", "target", "message"),
     [
-        ((1, 2, 3), 5, "4 integers"),
+        ((1, 2), 3, "3 to 6 integers"),
         ((1, 2, 3, 100), 5, "in \\[1, 99\\]"),
-        ((1, 2, 3, 4), 101, "in \\[1, 100\\]"),
+        ((1, 2, 3, 4), 1000, "in \\[1, 999\\]"),
     ],
 )
 def test_search_refuses_what_it_cannot_write(numbers, target, message):

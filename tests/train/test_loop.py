@@ -1,6 +1,7 @@
 """A run that is killed goes on as if nothing had happened."""
 
 import json
+import math
 import os
 import pathlib
 import signal
@@ -17,6 +18,11 @@ from apr_jax.config import ModelConfig
 from apr_jax.models.decoder import Decoder
 from apr_jax.models.hf import load_hf
 from apr_jax.tasks.countdown import draw_problem
+from apr_jax.tasks.countdown_search import hardness
+from apr_jax.tasks.countdown_sets import SIZES, held_out_problems
+from apr_jax.tasks.countdown_task import HELD_OUT_SEED, TASKS
+from apr_jax.tasks.countdown_vocabulary import vocabulary
+from apr_jax.train import countdown_data
 from apr_jax.train.countdown_data import PAD_ID, CountdownSamples
 from apr_jax.train.data import ChunkReader, ChunkStore
 from apr_jax.train.export import export_countdown
@@ -25,9 +31,9 @@ from apr_jax.train.loop import LoopConfig, OptimizerConfig, train
 from apr_jax.train.state import Checkpoints, TrainState
 
 ROOT = pathlib.Path(__file__).parents[2]
-SAMPLES = CountdownSamples(num_held_out=10, max_len=128)
+SAMPLES = CountdownSamples(max_len=128)
 CONFIG = ModelConfig(
-    vocab_size=256, d_model=16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8, d_ff=24,
+    vocab_size=len(vocabulary()), d_model=16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8, d_ff=24,
     max_position=2048, tie_embeddings=True, bos_id=1, eos_ids=(2,),
 )  # fmt: skip
 LOOP = LoopConfig(log_every=1, eval_every=4, checkpoint_every=3, num_workers=0)
@@ -94,11 +100,12 @@ def test_finished_run_is_left_as_it_is(tmp_path):
 
 def test_evaluation_is_called_and_logged(tmp_path):
     records = []
-    evaluate = teacher_forced(SAMPLES.held_out()[:3])
+    evaluate = teacher_forced(TASKS["countdown"].problems(3, HELD_OUT_SEED))
     run(tmp_path / "run", tmp_path / "data", evaluate=evaluate, on_record=records.append)
     held_out = {record["step"]: record["held_out"] for record in records if "held_out" in record}
     assert sorted(held_out) == [4, 8, 11]
-    assert held_out[11]["sequential/loss"] < held_out[4]["sequential/loss"] < 6
+    guessing = math.log(len(vocabulary()))
+    assert held_out[11]["sequential/loss"] < held_out[4]["sequential/loss"] < 1.08 * guessing
     assert 0 <= held_out[11]["multiverse/accuracy"] <= 1 and held_out[11]["multiverse/exact"] == 0
 
 
@@ -114,15 +121,22 @@ def test_chunks_are_the_same_whoever_makes_them(tmp_path):
     assert other.directory != mine.directory
 
 
-def test_samples_leave_out_the_held_out_problems():
-    samples = CountdownSamples(seed=0, held_out_seed=0, num_held_out=5)
-    held_out = samples.held_out()
-    assert held_out[0] == draw_problem(0, 0)
-    trained = {tuple(row.tokens[:8].tolist()) for i in range(20) if (row := samples(i)) is not None}
-    numbers = {(tuple(tokens[2:6]), tokens[7]) for tokens in trained}
-    zero = 54 - 0  # the id of " 0"
-    for problem in held_out:
-        assert (tuple(n + zero for n in problem.numbers), problem.target + zero) not in numbers
+def test_samples_leave_out_the_held_out_problems(monkeypatch):
+    drawn = []
+
+    def spy(seed, index, config, exclude):
+        drawn.append(exclude)
+        return draw_problem(seed, index, config, exclude)
+
+    monkeypatch.setattr(countdown_data, "draw_problem", spy)
+    SAMPLES(0)
+    sets = {name: held_out_problems(name) for name in SIZES}
+    assert {name: len(set(problems)) for name, problems in sets.items()} == SIZES
+    assert all(set(problems) <= drawn[0] for problems in sets.values())
+    for task, name in (("countdown", "apr"), ("countdown_hard", "hard"), ("countdown_five", "five")):
+        assert tuple(TASKS[task].problems(20, HELD_OUT_SEED)) == sets[name][:20]
+    assert all(hardness(problem) >= 5 and len(problem.numbers) == 4 for problem in sets["hard"])
+    assert all(len(problem.numbers) == 5 for problem in sets["five"])
 
 
 def test_optimizer_settings_are_checked():

@@ -1,15 +1,17 @@
 """What is trained is what is decoded: positions, masks and loss of packed rows against their definitions."""
 
+import itertools
+
 import jax
 import numpy as np
 import pytest
 
-from apr_jax.tasks.countdown import draw_problems
-from apr_jax.tasks.countdown_format import RENDERINGS
+from apr_jax.tasks.countdown import Problem, draw_problems
+from apr_jax.tasks.countdown_renderings import RENDERINGS
 from apr_jax.tasks.countdown_search import search
-from apr_jax.tasks.trace import Block, Span, num_pieces
+from apr_jax.tasks.trace import Block, Span
 from apr_jax.train.countdown_data import PAD_ID, PIECE_IDS
-from apr_jax.train.packing import batches, flatten, pack, stack, visible
+from apr_jax.train.packing import JOINS, batches, flatten, pack, stack, visible
 
 SMALL = (
     Span(("p", "q", "a", "<g>"), forced=2),
@@ -23,63 +25,85 @@ IDS = {piece: i for i, piece in enumerate(PIECES)}
 
 
 def traces(count: int):
-    """Both renderings of some problems."""
-    trees = [search(problem) for problem in draw_problems(41, count)]
+    """All renderings of some problems, one of them with two blocks."""
+    trees = [search(problem) for problem in [Problem((2, 2, 31, 31), 97), *draw_problems(41, count)]]
     return [render(tree) for tree in trees for render in RENDERINGS.values()]
 
 
-def definition(trace, join: str):
-    """Tokens with position, whether sampled, (block, branch) or None, whether `conclusion` drops them."""
-    position, entries = 0, []
-    for block, part in enumerate(trace):
+def definition(trace, join: str = "stitch"):
+    """What each token of a trace sees, written from what the programs do, one list a thread.
+
+    Yields (thread, token, position, whether it is learned, its context as (token, position) pairs), tokens of the
+    root and its branches in the order of the row; searches come last.
+    """
+    seen: list[tuple[str, int]] = []
+    position = 0
+    for number, part in enumerate(trace):
         if isinstance(part, Span):
             for i, piece in enumerate(part.pieces):
-                entries.append((piece, position, i >= part.forced, None, False))
+                seen.append((piece, position))
+                yield "root", piece, position, i >= part.forced, list(seen)
                 position += 1
-        else:
-            ends = []
-            for number, branch in enumerate(part.branches):
-                at = position
-                for span in branch:
-                    for i, piece in enumerate(span.pieces):
-                        dropped = join == "conclusion" and span.kept is not None and i < span.kept
-                        entries.append((piece, at, i >= span.forced, (block, number), dropped))
-                        at += 1
-                ends.append(at)
-            position = max(ends)
-    return entries
+            continue
+        ends, kept = [], []
+        for ordinal, branch in enumerate(part.branches):
+            own, start = list(seen), len(seen)
+            for span in branch:
+                first = len(own)
+                for i, piece in enumerate(span.pieces):
+                    own.append((piece, position + len(own) - start))
+                    yield (number, ordinal), piece, own[-1][1], i >= span.forced, list(own)
+                start_kept = start if span.kept is None else first + span.kept
+            ends.append(position + len(own) - start)
+            can_drop = join == "conclusion" and part.join == "stitch"
+            marked = can_drop and any(span.kept is not None for span in branch)
+            kept.append(own[start_kept:] if marked else own[start:])
+        if part.join == "stitch":
+            taken = range(len(kept)) if join != "first" or part.chosen is None else [part.chosen]
+            seen += [entry for i in taken for entry in kept[i]]
+            position = max(ends[i] for i in taken)
+        elif part.join == "prefill":
+            for ordinal, branch in enumerate(kept):
+                for piece, _ in branch:
+                    seen.append((piece, position))
+                    position += 1
+                    if ordinal:
+                        yield "again", piece, position - 1, False, list(seen)
+    for search_trace in (each for part in trace if isinstance(part, Block) for each in part.searches):
+        yield from (("search", *entry[1:]) for entry in definition(search_trace))
 
 
-def sees(query, key) -> bool:
-    """Multiverse's mask between two entries, the key not later than the query."""
-    same_branch = query[3] == key[3]
-    siblings = query[3] is not None and key[3] is not None and query[3][0] == key[3][0] and not same_branch
-    return not siblings and (same_branch or not key[4])
-
-
-@pytest.mark.parametrize("join", ["stitch", "conclusion"])
+@pytest.mark.parametrize("join", JOINS)
 def test_rows_follow_the_definition(join):
-    cases = [(SMALL, IDS)] + [(trace, PIECE_IDS) for trace in traces(8)]
-    assert {sum(isinstance(part, Block) for part in trace) for trace, _ in cases} == {0, 1, 2}
+    cases = [(SMALL, IDS)] + [(trace, PIECE_IDS) for trace in traces(2)]
+    assert {part.join for trace, _ in cases for part in trace if isinstance(part, Block)} == {
+        "stitch",
+        "prefill",
+        "splice",
+    }
     for trace, ids in cases:
-        entries, row = definition(trace, join), flatten(trace, ids.__getitem__, join)
-        assert len(row) == num_pieces(trace) == len(entries)
-        assert [ids[e[0]] for e in entries] == row.tokens.tolist()
-        assert [e[1] for e in entries] == row.positions.tolist()
-        assert [float(e[2]) for e in entries[1:]] + [0.0] == row.loss.tolist()
-        mask = np.asarray(visible(row.end, row.hide_from, row.hide_to))
-        for q in range(len(row)):
-            assert mask[q].tolist() == [k <= q and sees(entries[q], entries[k]) for k in range(len(row))]
+        entries, rows = list(definition(trace, join)), flatten(trace, ids.__getitem__, join)
+        assert sum(map(len, rows)) == len(entries)
+        for row in rows:
+            own, entries = entries[: len(row)], entries[len(row) :]
+            assert [ids[e[1]] for e in own] == row.tokens.tolist()
+            assert [e[2] for e in own] == row.positions.tolist()
+            assert [float(e[3]) for e in own[1:]] + [0.0] == row.loss.tolist()
+            mask = np.asarray(visible(row.end, row.hide_from, row.hide_to))
+            for q in range(len(row)):
+                keys = np.flatnonzero(mask[q])
+                found = sorted(zip(row.tokens[keys].tolist(), row.positions[keys].tolist(), strict=True))
+                assert found == sorted((ids[piece], position) for piece, position in own[q][4])
 
 
 def test_small_example_by_hand():
-    row = flatten(SMALL, IDS.__getitem__)
+    (row,) = flatten(SMALL, IDS.__getitem__)
     first = [0, 1, 2, 3, 4, 5, 6, 7, 8, 4, 5, 6, 9, 10, 11]
     assert row.positions.tolist() == [*first, 12, 13, 14, 12, 13, 14, 15, 16, 17, 18, 19]
     assert row.loss.tolist() == [0, 1, 1, 0, 0, 1, 1, 1, 0, 0, 1, 0, 1, 1, 0, 0, 1, 0, 0, 1, 1, 1, 1, 0, 1, 0]
     last = np.asarray(visible(row.end, row.hide_from, row.hide_to))[-1]
     assert last.all()
-    conclusion = flatten(SMALL, IDS.__getitem__, "conclusion")
+    (conclusion,) = flatten(SMALL, IDS.__getitem__, "conclusion")
     last = np.asarray(visible(conclusion.end, conclusion.hide_from, conclusion.hide_to))[-1]
     assert [i for i in range(26) if not last[i]] == [4, 5, 6, 7, 18, 19, 20, 21, 22]
 
@@ -93,16 +117,9 @@ def test_flatten_refuses_what_it_does_not_know():
 
 
 def test_packed_rows_keep_every_trace_and_its_mask():
-    rows = [flatten(trace, PIECE_IDS.__getitem__) for trace in traces(15)]
-    packed = pack(rows, [512, 1152], PAD_ID)
-    placed = sorted(
-        tuple(row.tokens[start:end].tolist())
-        for bins in packed.values()
-        for row in bins
-        for start, end in sorted({(int(np.argmax(row.end == e)), int(e)) for e in row.end})
-        if row.tokens[start] != PAD_ID
-    )
-    assert placed == sorted(tuple(row.tokens.tolist()) for row in rows)
+    rows = [row for trace in traces(6) for row in flatten(trace, PIECE_IDS.__getitem__)]
+    packed = pack(rows, [512, 2560], PAD_ID)
+    placed = []
     for length, bins in packed.items():
         for row in bins:
             assert len(row) == length
@@ -111,29 +128,32 @@ def test_packed_rows_keep_every_trace_and_its_mask():
             padding = row.tokens == PAD_ID
             assert (mask[padding].sum(axis=1) == 1).all() and (mask[:, padding].sum(axis=0) == 1).all()
             assert (row.loss[padding] == 0).all()
-            for start, end in {(int(np.argmax(row.end == e)), int(e)) for e in row.end[~padding]}:
-                own = next(r for r in rows if r.tokens.tolist() == row.tokens[start:end].tolist())
+            starts = [*np.flatnonzero(row.tokens == PIECE_IDS["<bos>"]).tolist(), int((~padding).sum())]
+            for start, end in itertools.pairwise(starts):
+                placed.append(tuple(row.tokens[start:end].tolist()))
+                own = next(r for r in rows if r.tokens.tolist() == list(placed[-1]))
                 assert (mask[start:end, start:end] == visible(own.end, own.hide_from, own.hide_to)).all()
                 assert not mask[start:end, :start].any() and not mask[end:, start:end].any()
                 assert (row.positions[start:end] == own.positions).all()
                 assert (row.loss[start:end] == own.loss).all()
+    assert sorted(placed) == sorted(tuple(row.tokens.tolist()) for row in rows)
     with pytest.raises(ValueError, match="does not fit rows of at most 64"):
         pack(rows, [32, 64], PAD_ID)
 
 
 def test_steps_hold_every_row_once_and_padding_for_the_rest():
-    rows = [flatten(trace, PIECE_IDS.__getitem__) for trace in traces(15)]
-    packed = pack(rows, [512, 1152], PAD_ID)
-    steps = batches(packed, {512: 3, 1152: 2}, PAD_ID)
-    for length, count in ((512, 3), (1152, 2)):
+    rows = [row for trace in traces(6) for row in flatten(trace, PIECE_IDS.__getitem__)]
+    packed = pack(rows, [512, 2560], PAD_ID)
+    steps = batches(packed, {512: 3, 2560: 2}, PAD_ID)
+    for length, count in ((512, 3), (2560, 2)):
         assert all(step[length]["tokens"].shape == (count, length) for step in steps)
         found = [row for step in steps for row in step[length]["tokens"].tolist() if row != [PAD_ID] * length]
         assert sorted(found) == sorted(row.tokens.tolist() for row in packed[length])
 
 
 def test_mask_is_built_alike_under_vmap():
-    rows = [flatten(trace, PIECE_IDS.__getitem__) for trace in traces(4)]
-    arrays = stack(pack(rows, [1152], PAD_ID)[1152])
+    rows = [row for trace in traces(1) for row in flatten(trace, PIECE_IDS.__getitem__)]
+    arrays = stack(pack(rows, [2560], PAD_ID)[2560])
     masks = jax.vmap(visible)(arrays["end"], arrays["hide_from"], arrays["hide_to"])
     for i in range(len(masks)):
         assert (masks[i] == visible(*(arrays[name][i] for name in ("end", "hide_from", "hide_to")))).all()

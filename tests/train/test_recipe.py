@@ -1,27 +1,31 @@
 """What the recipe adds to plain traces: drills, matching heads, a heavier loss on rare tokens, decoding."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 from apr_jax.config import ModelConfig
-from apr_jax.models.checkpoint import checkpoint_directory
 from apr_jax.models.decoder import Decoder
-from apr_jax.tasks.countdown_format import MATCH, number_piece
+from apr_jax.tasks.countdown_renderings import RENDERINGS
 from apr_jax.tasks.countdown_search import quad
 from apr_jax.tasks.countdown_task import HELD_OUT_SEED, TASKS
+from apr_jax.tasks.countdown_tokenizer import build_sentencepiece_model
+from apr_jax.tasks.countdown_vocabulary import MATCH, number_pieces, vocabulary
 from apr_jax.tasks.trace import Span
-from apr_jax.tokenizers import load_tokenizer
+from apr_jax.tokenizers import SentencePieceTokenizer
 from apr_jax.train.countdown_data import PAD_ID, PIECE_IDS, CountdownSamples
 from apr_jax.train.countdown_drills import NUM_ROUNDS, draw_drill
 from apr_jax.train.decoded import decoded
-from apr_jax.train.initialization import tie_matching_heads
+from apr_jax.train.initialization import take_over, tie_matching_heads
 from apr_jax.train.packing import flatten, pack, stack
 from apr_jax.train.supervised import mean_loss
 
 CONFIG = ModelConfig(
-    vocab_size=256, d_model=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, d_ff=48,
+    vocab_size=len(vocabulary()), d_model=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, d_ff=48,
     max_position=2048, tie_embeddings=True, bos_id=1, eos_ids=(2,),
 )  # fmt: skip
 
@@ -37,19 +41,19 @@ def test_drills_hold_right_quads_and_marks():
             needed, nearest = needed.replace(MATCH, "").split(" ~")
             target, number, *needed_slots = needed.replace(" =", "").split()
             expected_made, expected = quad(int(x), int(y)), quad(int(target), int(number))
-            assert [f" {slot}" for slot in made_slots] == [number_piece(v) for v in expected_made]
-            assert [f" {slot}" for slot in needed_slots] == [number_piece(v) for v in expected]
+            assert [f" {slot}" for slot in made_slots] == [number_pieces(v)[0] for v in expected_made]
+            assert [f" {slot}" for slot in needed_slots] == [number_pieces(v)[0] for v in expected]
             hit = next((i for i, v in enumerate(expected) if v is not None and v in expected_made), None)
             made_values = [v for v in expected_made if v is not None]
             closest = [None if v is None else min(made_values, key=lambda m: abs(m - v)) for v in expected]
-            assert nearest.split() == [number_piece(v).strip() for v in closest[: 4 if hit is None else hit + 1]]
+            assert nearest.split() == [number_pieces(v)[0].strip() for v in closest[: 4 if hit is None else hit + 1]]
             assert text.endswith(MATCH) == (hit is not None)
             matches, rounds = matches + (hit is not None), rounds + 1
     assert rounds == 30 * NUM_ROUNDS and 0.4 < matches / rounds < 0.65
 
 
 def test_drills_give_operands_and_teach_the_rest():
-    row = flatten(draw_drill(np.random.default_rng(0)), PIECE_IDS.__getitem__)
+    (row,) = flatten(draw_drill(np.random.default_rng(0)), PIECE_IDS.__getitem__)
     learned = row.tokens[1:][row.loss[:-1] > 0]
     assert PIECE_IDS[MATCH] in learned and PIECE_IDS[" ="] not in learned
     assert PIECE_IDS[" |"] in learned and PIECE_IDS[" ~"] in learned
@@ -57,10 +61,10 @@ def test_drills_give_operands_and_teach_the_rest():
 
 
 def test_drills_come_first_and_then_no_more():
-    samples = CountdownSamples(num_held_out=5, drill_share=1.0, num_drilled=3)
-    drills = [samples(i) for i in range(3)]
-    assert all(row is not None and row.tokens[2] == PIECE_IDS[" ,"] for row in drills)
-    later = [row for i in range(3, 12) if (row := samples(i)) is not None]
+    samples = CountdownSamples(drill_share=1.0, num_drilled=3)
+    drills = [row for i in range(3) for row in samples(i)]
+    assert len(drills) == 3 and all(row.tokens[2] == PIECE_IDS[" ,"] for row in drills)
+    later = [row for i in range(3, 12) for row in samples(i)]
     assert later and all(row.tokens[2] != PIECE_IDS[" ,"] for row in later)
 
 
@@ -78,7 +82,7 @@ def test_matching_heads_start_from_their_keys():
 
 def test_weights_change_the_gradient_and_not_the_reported_loss():
     graphdef, params = nnx.split(Decoder(CONFIG, rngs=nnx.Rngs(0)))
-    row = flatten(draw_drill(np.random.default_rng(1)), PIECE_IDS.__getitem__)
+    (row,) = flatten(draw_drill(np.random.default_rng(1)), PIECE_IDS.__getitem__)
     batch = {256: stack(pack([row], [256], PAD_ID)[256])}
 
     def gradient(weights):
@@ -89,21 +93,42 @@ def test_weights_change_the_gradient_and_not_the_reported_loss():
         return gradients, float(metrics["loss"])
 
     none, loss = gradient(None)
-    ones, same_loss = gradient(jnp.ones(256))
-    only_matches, masked_loss = gradient(jnp.zeros(256).at[PIECE_IDS[MATCH]].set(1.0))
-    others, _ = gradient(jnp.ones(256).at[PIECE_IDS[MATCH]].set(0.0))
+    ones, same_loss = gradient(jnp.ones(CONFIG.vocab_size))
+    only_matches, masked_loss = gradient(jnp.zeros(CONFIG.vocab_size).at[PIECE_IDS[MATCH]].set(1.0))
+    others, _ = gradient(jnp.ones(CONFIG.vocab_size).at[PIECE_IDS[MATCH]].set(0.0))
     assert loss == same_loss == masked_loss
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), none, ones)
     assert max(float(jnp.abs(x).max()) for x in jax.tree.leaves(only_matches)) > 1e-4
     jax.tree.map(lambda a, b, c: np.testing.assert_allclose(a, b + c, atol=1e-6), none, only_matches, others)
 
 
-def test_decoding_evaluates_new_weights_in_one_engine():
+def test_a_source_is_taken_over_piece_by_piece():
+    pieces = vocabulary()
+    old = ("<unk>", " 7", " =", "<Path>", "only there")
+    source = Decoder(dataclasses.replace(CONFIG, vocab_size=len(old)), rngs=nnx.Rngs(3))
+    plain = Decoder(CONFIG, rngs=nnx.Rngs(4))
+    taken = take_over(plain, source, old, pieces)
+    theirs, ours, fresh = (np.asarray(d.embedding[...]) for d in (source, taken, plain))
+    for piece, found in ((" 7", 1), ("7", 1), (" =", 2), ("=", 2), ("<Path>", 3)):
+        np.testing.assert_array_equal(ours[pieces.index(piece)], theirs[found])
+    other = pieces.index(" 8")
+    cosine = ours[other] @ fresh[other] / np.linalg.norm(ours[other]) / np.linalg.norm(fresh[other])
+    assert abs(cosine - 1) < 1e-5
+    np.testing.assert_allclose(np.linalg.norm(ours[other]), np.linalg.norm(theirs, axis=1).mean(), rtol=1e-5)
+    np.testing.assert_array_equal(taken.layers[1].mlp.down.kernel[...], source.layers[1].mlp.down.kernel[...])
+    wider = Decoder(dataclasses.replace(CONFIG, d_ff=64), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="in the source, must be"):
+        take_over(wider, source, old, pieces)
+
+
+def test_decoding_evaluates_new_weights_in_one_engine(tmp_path):
     task = TASKS["countdown"]
-    tokenizer = load_tokenizer(checkpoint_directory("countdown"))
-    evaluate = decoded(task, task.problems(2, HELD_OUT_SEED), tokenizer, max_new_tokens=12)
+    (tmp_path / "tokenizer.model").write_bytes(build_sentencepiece_model())
+    tokenizer = SentencePieceTokenizer(tmp_path / "tokenizer.model")
+    programs = list(RENDERINGS)
+    evaluate = decoded(task, task.problems(2, HELD_OUT_SEED), tokenizer, programs=programs, max_new_tokens=12)
     first = evaluate(Decoder(CONFIG, rngs=nnx.Rngs(0)))
-    assert first["decoded/sequential/accuracy"] == first["decoded/multiverse/well_formed"] == 0
+    assert all(first[f"decoded/{program}/{name}"] == 0 for program in programs for name in ("accuracy", "well_formed"))
     assert first["decoded/sequential/total_tokens"] == 12
     ends_at_once = Decoder(CONFIG, rngs=nnx.Rngs(0))
     for layer in ends_at_once.layers:

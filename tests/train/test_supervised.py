@@ -10,22 +10,24 @@ from apr_jax.config import ModelConfig
 from apr_jax.models.decoder import Decoder
 from apr_jax.models.dense import dense_attend, dense_logits
 from apr_jax.tasks.countdown import draw_problems
-from apr_jax.tasks.countdown_format import RENDERINGS
+from apr_jax.tasks.countdown_renderings import RENDERINGS
 from apr_jax.tasks.countdown_search import search
+from apr_jax.tasks.countdown_vocabulary import vocabulary
 from apr_jax.train.attention import CHUNK, masked_attend
 from apr_jax.train.countdown_data import PAD_ID, PIECE_IDS
 from apr_jax.train.packing import flatten, pack, stack, visible
 from apr_jax.train.supervised import batch_logits, mean_loss, token_losses
 
 CONFIG = ModelConfig(
-    vocab_size=256, d_model=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, d_ff=48,
+    vocab_size=len(vocabulary()), d_model=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, d_ff=48,
     max_position=2048, tie_embeddings=True,
 )  # fmt: skip
 
 
 def packed_rows(length: int, count: int = 6):
     trees = [search(problem) for problem in draw_problems(51, count)]
-    rows = [flatten(render(tree), PIECE_IDS.__getitem__) for tree in trees for render in RENDERINGS.values()]
+    renders = list(RENDERINGS.values())[:2]
+    rows = [row for tree in trees for render in renders for row in flatten(render(tree), PIECE_IDS.__getitem__)]
     return pack([row for row in rows if len(row) <= length], [length], PAD_ID)[length]
 
 

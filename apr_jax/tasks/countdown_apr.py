@@ -1,0 +1,148 @@
+"""A Countdown search in APR's text: a root calls searches of its nodes, each in a context of its own.
+
+    root      Moving to Node #0
+              Current State: 27:[22, 26, 31, 53], Operations: [] : 22 26 = 4 48 . . | ... ;
+              Generated Node #0,0: 27:[22, 26, 22] Operation: 53-31=22
+              Generated Node #0,1: ...
+    call      <Calling Sub Searches>
+              <Start Sub Search 0 at level 1> Moving to Node #0,0
+              <Start Sub Search 1 at level 1> Moving to Node #0,1
+              <End Calling Sub Searches>
+    search    Moving to Node #0,1
+              Current State: 27:[...], Operations: ['...'] : rounds as in the other formats
+              27,27 equal: Goal Reached
+              Moving to Node #0,1
+              Operations: 53-31=22, ...
+              27,27 equal: Goal Reached                         or, where nothing matched: No solution found.
+    root      <Sub Searches>
+              <No Solution in Sub Search 0 at level 1 at Node #0,0>
+              <Goal Reached in Sub Search 1 at level 1 at Node #0,1>
+              Moving to Node #0,1
+              Operations: ...
+              27,27 equal: Goal Reached
+              <End Sub Searches>
+               => equations
+
+The prompt itself says that APR is meant. Nodes are numbered over all calls. Only the first match of a call is spliced
+with its path, as its client does it for every search that reached the goal: those are all of them.
+
+Source: Pan et al. 2025, Learning Adaptive Parallel Reasoning with Language Models (arXiv 2504.15466).
+"""
+
+from apr_jax.tasks.countdown import Equation, Problem
+from apr_jax.tasks.countdown_format import answer_pieces, left_beside, opening_pieces, rest_pieces
+from apr_jax.tasks.countdown_search import Line, ReasoningTree
+from apr_jax.tasks.countdown_vocabulary import (
+    AT_NODE,
+    BARE_NUMBERS,
+    BOS,
+    CALLS,
+    END_OPERATIONS,
+    EOS,
+    FIRST_GENERATED,
+    GENERATED,
+    GOAL_REACHED,
+    MADE_BY,
+    NO_OPERATIONS,
+    NO_SOLUTION,
+    NODE,
+    NODES,
+    NOTHING_FOUND,
+    NUMBERS,
+    OF_NODE,
+    OPERATIONS,
+    PATH,
+    REACHED,
+    START,
+    STATE,
+    STATE_NUMBERS,
+)
+from apr_jax.tasks.trace import Block, Span, Trace
+
+CALLING, END_CALLING, RESULTS, END_RESULTS = CALLS
+
+
+def root_prompt(problem: Problem) -> str:
+    return "".join([NODE, *_state(problem.target, problem.numbers), NO_OPERATIONS])
+
+
+def _state(target: int, numbers: tuple[int, ...]) -> list[str]:
+    """`Current State: 27:[22, 26, 31`, up to the bracket that closes the numbers."""
+    return [STATE, *_listed(target, numbers)]
+
+
+def _listed(target: int, numbers: tuple[int, ...]) -> list[str]:
+    pieces = [BARE_NUMBERS[target], STATE_NUMBERS, BARE_NUMBERS[numbers[0]]]
+    for number in numbers[1:]:
+        pieces += [",", NUMBERS[number]]
+    return pieces
+
+
+def _equation(e: Equation) -> list[str]:
+    return [BARE_NUMBERS[e.left], e.operator, BARE_NUMBERS[e.right], "=", BARE_NUMBERS[e.value]]
+
+
+def _node_values(line: Line) -> tuple[int, ...]:
+    """What is left at a line's node: behind its first step."""
+    return (*left_beside(line, 0), line.steps[0].value)
+
+
+def _path(index: int, line: Line) -> list[str]:
+    """What a search that reached the goal returns."""
+    assert line.solution is not None
+    equations = []
+    for i, e in enumerate(line.solution):
+        pieces = _equation(e)
+        equations += [",", NUMBERS[e.left], *pieces[1:]] if i else pieces
+    return [NODES[index], PATH, *equations, "\n", *_goal(line.target)]
+
+
+def _goal(target: int) -> list[str]:
+    return [BARE_NUMBERS[target], ",", BARE_NUMBERS[target], GOAL_REACHED]
+
+
+def _search(index: int, line: Line) -> Trace:
+    prompt = [BOS, NODES[index], *_state(line.target, _node_values(line)), OPERATIONS]
+    prompt += [*_equation(line.steps[0]), END_OPERATIONS]
+    pieces = [*prompt, " :", *rest_pieces(line)]
+    if line.solution is None:
+        pieces.append(NOTHING_FOUND)
+    else:
+        pieces += ["\n", *_goal(line.target), "\n", *_path(index, line)]
+    return (Span((*pieces, EOS), forced=len(prompt)),)
+
+
+def render_apr(tree: ReasoningTree) -> Trace:
+    """The search with each block's lines called as searches of their own.
+
+    Raises:
+      ValueError: a target that has no piece of its own.
+    """
+    target = tree.problem.target
+    if target >= len(BARE_NUMBERS):
+        raise ValueError(f"target is {target}, must be <= {len(BARE_NUMBERS) - 1} in APR's text")
+    prompt = [BOS, NODE, *_state(target, tree.problem.numbers), NO_OPERATIONS]
+    parts: list[Span | Block] = []
+    pieces, forced, first = [*prompt, *opening_pieces(tree)], len(prompt), 0
+    for lines in tree.blocks if tree.opening.solution is None else ():
+        pieces += [" ;"] if not parts else []
+        nodes = list(enumerate(lines, first))
+        for i, line in nodes:
+            generated = FIRST_GENERATED[i] if i and i == first else GENERATED[i]
+            pieces += [generated, *_listed(target, _node_values(line)), MADE_BY, *_equation(line.steps[0])]
+        parts.append(Span((*pieces, "\n"), forced))
+        calls = [piece for i, _ in nodes for piece in (START[i - first], AT_NODE[i])]
+        call = Span((CALLING, *calls, "\n", END_CALLING))
+        searches = tuple(_search(i, line) for i, line in nodes)
+        parts.append(Block(((call,),), "splice", searches))
+        pieces = [RESULTS]
+        for i, line in nodes:
+            if line.solution is None:
+                pieces += [NO_SOLUTION[i - first], OF_NODE[i]]
+            else:
+                pieces += [REACHED[i - first], OF_NODE[i], "\n", *_path(i, line)]
+        pieces += ["\n", END_RESULTS, "\n"]
+        forced, first = len(pieces), first + len(lines)
+        if any(line.solution for line in lines):
+            break
+    return (*parts, Span((*pieces, *answer_pieces(tree.solution)), forced))

@@ -1,0 +1,63 @@
+"""The pieces of the Countdown formats: one token each, a text has one segmentation.
+
+Numbers have a piece with a leading space, as the formats of this project write them, and one without, as APR's texts
+do. A number above 199 is two pieces, all but its last digit and the digit; without a space there is none. Phrases that
+APR's texts repeat are one piece.
+"""
+
+from collections.abc import Iterable
+
+from apr_jax.tasks.countdown_search import BLOCK_SIZE, MAX_LINES, MAX_VALUE
+
+BOS, EOS, PAD, UNK = "<bos>", "<eos>", "<pad>", "<unk>"
+CONTROLS = (UNK, BOS, EOS, PAD)  # ids 0 to 3
+MODES = {name: f"<{name}>" for name in ("sequential", "multiverse", "threadweaver", "npr")}
+TAGS = tuple(
+    tag
+    for name in ("Parallel", "Goal", "Outline", "Path", "Conclusion", "think", "Outlines", "Thread",
+                 "guideline", "plan", "step", "takeaway")
+    for tag in (f"<{name}>", f"</{name}>")
+)  # fmt: skip
+LABELS = tuple(f"{i}:" for i in range(1, BLOCK_SIZE + 1))
+MARKER, MATCH, NEAREST, NONE, EMPTY = " =>", " !", " ~", " none", " ."
+SIGNS = (" :", " =", " |", " ,", " ;", MATCH, MARKER, " ->", EMPTY, " -", " +", " *", " /", NONE, NEAREST)
+NUMBERS = tuple(f" {n}" for n in range(MAX_VALUE + 1))
+
+BARE_NUMBERS = tuple(str(n) for n in range(MAX_VALUE + 1))
+BARE_SIGNS = ("-", "+", "*", "/", "=", ",", "\n")
+NODE, NODES = "Moving to Node #0", tuple(f"Moving to Node #0,{i}" for i in range(MAX_LINES))
+GENERATED = tuple(f"\nGenerated Node #0,{i}: " for i in range(MAX_LINES))
+FIRST_GENERATED = {
+    i: f"Generated Node #0,{i}: " for i in range(BLOCK_SIZE, MAX_LINES, BLOCK_SIZE)
+}  # behind a line break
+AT_NODE = tuple(f" at level 1> Moving to Node #0,{i}" for i in range(MAX_LINES))
+OF_NODE = tuple(f" at level 1 at Node #0,{i}>" for i in range(MAX_LINES))
+START = tuple(f"\n<Start Sub Search {i}" for i in range(BLOCK_SIZE))
+NO_SOLUTION = tuple(f"\n<No Solution in Sub Search {i}" for i in range(BLOCK_SIZE))
+REACHED = tuple(f"\n<Goal Reached in Sub Search {i}" for i in range(BLOCK_SIZE))
+STATE, STATE_NUMBERS = "\nCurrent State: ", ":["
+NO_OPERATIONS, OPERATIONS, OPERATION, END_OPERATIONS = "], Operations: []", "], Operations: ['", "', '", "']"
+MADE_BY, PATH = "] Operation: ", "\nOperations: "
+GOAL_REACHED, NOTHING_FOUND = " equal: Goal Reached", "\nNo solution found."
+CALLS = ("<Calling Sub Searches>", "<End Calling Sub Searches>", "<Sub Searches>", "<End Sub Searches>")
+PHRASES = (
+    NODE, *NODES, *GENERATED, *FIRST_GENERATED.values(), *AT_NODE, *OF_NODE, *START, *NO_SOLUTION, *REACHED, STATE,
+    STATE_NUMBERS, NO_OPERATIONS, OPERATIONS, OPERATION, END_OPERATIONS, MADE_BY, PATH, GOAL_REACHED, NOTHING_FOUND,
+)  # fmt: skip
+
+
+def vocabulary() -> tuple[str, ...]:
+    """All pieces in the order of their ids."""
+    return (*CONTROLS, *MODES.values(), *TAGS, *CALLS, *LABELS, *SIGNS, *NUMBERS, *BARE_NUMBERS, *BARE_SIGNS, *PHRASES)
+
+
+def number_pieces(value: int | None) -> list[str]:
+    """The pieces of a value, ` .` for None."""
+    if value is None:
+        return [EMPTY]
+    return [NUMBERS[value]] if value <= MAX_VALUE else [NUMBERS[value // 10], BARE_NUMBERS[value % 10]]
+
+
+def numbers_pieces(values: Iterable[int | None]) -> list[str]:
+    """The pieces of several values."""
+    return [piece for value in values for piece in number_pieces(value)]
