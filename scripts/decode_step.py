@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from apr_kernels.backends import target_of
 from apr_kernels.kv_update import kv_update
 from apr_kernels.paged_attention import paged_attention, prepare
 from flax import nnx
@@ -98,8 +99,8 @@ class _Step:
         engine_config = EngineConfig(max_threads=num_rows, steps_per_dispatch=STEPS)
         self.decoder = build_decoder(config, settings.dtype, _random_params(config, settings))
         self.graph, self.params = nnx.split(self.decoder)
-        early_exit = jax.default_backend() != "gpu"
-        self.decode = jit_decode(Steps(self.graph, engine_config, self.kernels, config.vocab_size, early_exit))
+        target = target_of(jax.devices()[0])
+        self.decode = jit_decode(Steps(self.graph, engine_config, self.kernels, config.vocab_size, target))
         num_pages = lay_out(case, settings.page_size).num_pages
         make = jax.jit(functools.partial(random_pages, settings, num_pages))
         self.pages = [make(jax.random.key(i)) for i in range(config.num_layers)]

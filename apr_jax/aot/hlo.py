@@ -199,9 +199,16 @@ class Program:
             operand = number
             if caller.opcode == "conditional":
                 operand = 1 + caller.called.index(computation)
-            if operand < len(caller.operands):
-                found |= self._source(where, caller.operands[operand], element)
+            operands = caller.operands or self._late_operands(where, caller)
+            if operand < len(operands):
+                found |= self._source(where, operands[operand], element)
         return found
+
+    def _late_operands(self, computation: str, start: Instruction) -> tuple[str, ...]:
+        """What an async-start without operands gets by its async-update: a tpu7x copies on its sparse cores so."""
+        body = self.computations[computation].values()
+        updates = (i.operands for i in body if i.opcode == "async-update" and i.operands[:1] == (start.name,))
+        return next(updates, ())[1:]
 
     def _in_loop(self, computation: str) -> bool:
         """Whether a while loop's body leads to the computation."""

@@ -7,7 +7,9 @@ from collections.abc import Iterable
 _ITEM_BITS = {"pred": 8, "bf16": 16, "f8e4m3fn": 8, "f8e5m2": 8, "f8e4m3": 8}
 _LINE = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = (.*)$")
 ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?")
-_CALLED = re.compile(r"\b(?:calls|to_apply|body|condition|branch_computations|true_computation|false_computation)=")
+_CALLED = re.compile(
+    r"\b(?:calls|called_computations|to_apply|body|condition|branch_computations|true_computation|false_computation)="
+)
 
 
 @dataclasses.dataclass(frozen=True)

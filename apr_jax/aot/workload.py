@@ -180,7 +180,7 @@ def make_workload(
     )  # fmt: skip
     store = jax.eval_shape(make)
     pages = [place.pages(store) for _ in range(model.num_layers)]
-    steps = Steps(graph, engine, kernels, model.vocab_size, early_exit=target.platform != "cuda")
+    steps = Steps(graph, engine, kernels, model.vocab_size, target.kernels)
     return Workload(
         backend=kernels.backend,
         num_pages=num_pages,

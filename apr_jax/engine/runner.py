@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from apr_kernels.backends import format_for
+from apr_kernels.backends import format_for, target_of
 from apr_kernels.kv_pages import KVPages, make_kv_pages, read_pages, write_pages
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
@@ -57,9 +57,8 @@ class Runner:
         self._model_config, self._mesh = model_config, self.kernels.mesh
         self.update_params(decoder)
         self.pages = self._make_pages(cache_config, jnp.dtype(engine_config.kv_dtype or engine_config.dtype))
-        # XLA's GPU while loop asks the host at every iteration unless the trip count is known.
-        early_exit = jax.default_backend() != "gpu"
-        steps = Steps(self._graph, engine_config, self.kernels, model_config.vocab_size, early_exit)
+        target = target_of(jax.devices()[0])
+        steps = Steps(self._graph, engine_config, self.kernels, model_config.vocab_size, target)
         pages, everywhere = self._sharding(PartitionSpec(TENSOR)), self._sharding(PartitionSpec())
         self._prefill = jit_prefill(steps, self._count)
         self._decode = jit_decode(steps, self._count)
@@ -176,7 +175,9 @@ def jit_decode(steps: Steps, wrap: Callable = lambda function: function):
     """Compiles `Steps.decode` likewise; what it sampled is on every device."""
     mesh = steps.kernels.mesh
     split = None if mesh is None else (NamedSharding(mesh, PartitionSpec(TENSOR)), NamedSharding(mesh, PartitionSpec()))
-    return jax.jit(wrap(steps.decode), donate_argnums=1, out_shardings=split)
+    return jax.jit(
+        wrap(steps.decode), donate_argnums=1, out_shardings=split, compiler_options=steps.decode_options or None
+    )
 
 
 def _write_all(pages: list[KVPages], page_ids, data) -> list[KVPages]:

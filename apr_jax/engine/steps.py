@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from apr_kernels.backends import Target
 from apr_kernels.kv_pages import KVPages
 from apr_kernels.plan import Plan
 from flax import nnx
@@ -66,14 +67,24 @@ class Steps:
 
     Attributes:
       graph: the decoder's structure, `nnx.split(decoder)[0]`.
-      early_exit: the decode loop ends when no row is active, instead of after all its steps.
+      target: what they are compiled for.
     """
 
     graph: Any
     config: EngineConfig
     kernels: Kernels
     vocab_size: int
-    early_exit: bool
+    target: Target
+
+    @property
+    def decode_options(self) -> dict[str, bool]:
+        """Options of the compiler for `decode`.
+
+        A tpu7x lays bfloat16 values out in tiles of 16 rows within a loop and in tiles of 8 outside: without the option
+        all weights are laid out anew, into memory of their own, at every dispatch. Their products read either.
+        """
+        on_tpu7x = self.target.kind.startswith("TPU7")
+        return {"xla_tpu_control_large_2nd_minor_layout_for_x16": False} if on_tpu7x else {}
 
     def _forward(self, params, pages, plan, tail_len, tokens, positions, num_queries):
         decoder = nnx.merge(self.graph, params)
@@ -181,7 +192,7 @@ class Steps:
         )
         assert num_slots == plan.tail_pages.shape[0]
         with jax.named_scope("decode"):
-            if self.early_exit:
+            if self.target.platform != "cuda":  # where XLA's while loop asks the host before every iteration
                 loop = lax.while_loop(lambda x: (x.step < num_steps) & jnp.any(x.active), body, loop)
             else:
                 loop, _ = lax.scan(lambda x, _: (body(x), None), loop, length=num_steps)

@@ -55,6 +55,29 @@ def test_a_copy_of_what_was_read_ahead_is_one():
     assert weights(found) == [("copy.1", False)]
 
 
+def test_a_copy_on_another_core_is_one():
+    """As a tpu7x lays weights out anew: started with nothing, given the weight later, in computations of its own."""
+    copying = """%copying (a: bf16[512,256]) -> bf16[512,256] {
+  %a = bf16[512,256]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %copy.1 = bf16[512,256]{1,0:T(16,128)(2,1)} copy(%a)
+}"""
+    calling = """%calling (b: bf16[512,256]) -> bf16[512,256] {
+  %b = bf16[512,256]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %call.1 = bf16[512,256]{1,0:T(16,128)(2,1)} custom-call(%b), called_computations={%copying}
+}"""
+    found = program(
+        f"""
+        %start.1 = ((), (), (s32[16]{{0}})) async-start(), async_execution_thread="sparsecore", calls=%calling
+        %update.1 = (({WEIGHT}{{1,0}}), {WEIGHT}{{1,0:T(16,128)(2,1)}}, (s32[16]{{0}})) async-update(%start.1, %w)
+        %done.1 = {WEIGHT}{{1,0:T(16,128)(2,1)}} async-done(%update.1)
+        ROOT %dot.1 = f32[] custom-call(%done.1), custom_call_target="dot"
+        """,
+        copying,
+        calling,
+    )
+    assert weights(found) == [("copy.1", False)]
+
+
 def test_gathering_a_split_weight_copies_it():
     found = program("""
         %all-gather-start.1 = (bf16[512,256]{1,0}, bf16[512,2048]{1,0}) all-gather-start(%w), dimensions={1}
