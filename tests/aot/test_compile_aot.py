@@ -75,7 +75,13 @@ def test_a_topology_that_is_too_small():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("target", "compiler", "tensor"),
-    [("v5e:2x4", "TPU", 8), ("v6e:2x2", "TPU", 1), ("h200", "CUDA", 1), ("a100", "CUDA", 1)],
+    [
+        ("v5e:2x4", "TPU", 8),
+        ("v6e:2x2", "TPU", 1),
+        ("h200", "CUDA", 1),
+        pytest.param("tpu7x:2x2x1", "TPU", 1, marks=pytest.mark.exhaustive),
+        pytest.param("a100", "CUDA", 1, marks=pytest.mark.exhaustive),
+    ],
 )
 def test_steps_compile_in_place(target, compiler, tensor):
     args = (f"--target={target}", f"--tensor={tensor}", *SMALL, *PAGES.get(target, ()))

@@ -32,7 +32,7 @@ def has_cuda_plugin() -> bool:
 
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.exhaustive,
     pytest.mark.skipif(not has_cuda_plugin(), reason=f"{PYTHON} has no jax_cuda13_plugin (see APR_AOT_CUDA_PYTHON)"),
 ]
 

@@ -17,7 +17,7 @@ DECODE, PREFILL = {"rows": 64, "tokens": 1}, {"rows": 4, "tokens": 512}
 CARDS = ("a100", "l40s", "h200", "b200")
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.exhaustive,
     pytest.mark.skipif(not has_cuda_plugin(), reason=f"{PYTHON} has no jax_cuda13_plugin (see APR_AOT_CUDA_PYTHON)"),
 ]
 

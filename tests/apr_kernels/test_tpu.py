@@ -203,9 +203,11 @@ def test_quantised(name, page_size, dtype):
         np.testing.assert_array_equal(got, np.asarray(getattr(want, name), np.float32), err_msg=name)
 
 
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("small", [False, True])
-@pytest.mark.parametrize("name", ["siblings", "prefill"])
+RACES = [(name, small) for name in ("siblings", "prefill") for small in (False, True)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "small"), quick(RACES, [("siblings", True), ("prefill", True)]))
 def test_no_races(name, small, monkeypatch):
     """Uninitialised memory reads as NaN here, and copies are made as late as they may be."""
     from jax._src.pallas.mosaic.interpret import interpret_pallas_call  # the only place where races are told
