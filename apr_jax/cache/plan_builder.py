@@ -194,9 +194,10 @@ class PlanBuilder:
         slots = [slot for slot, _ in threads]
         if len(set(slots)) != len(slots) or (slots and not 0 <= min(slots) <= max(slots) < num_slots):
             raise ValueError(f"slots {slots}: must be distinct and in [0, {num_slots})")
+        max_tail_pages = self._layout.max_tail_pages
         for slot, context in threads:
-            if any([segment.swapped for segment in context.segments]):
-                raise ValueError(f"the context of slot {slot} is in host memory")
-            tail = context.tail
-            if tail is not None and len(tail.pages) > self._layout.max_tail_pages:
-                raise ValueError(f"a tail of {len(tail.pages)} pages, at most {self._layout.max_tail_pages}")
+            for segment in context.segments:
+                if segment.swapped:
+                    raise ValueError(f"the context of slot {slot} is in host memory")
+                if not segment.sealed and len(segment.pages) > max_tail_pages:
+                    raise ValueError(f"a tail of {len(segment.pages)} pages, at most {max_tail_pages}")
