@@ -14,9 +14,10 @@ unrelated_rowsN_contextN, and step_threadsN_prefixN, a whole decode step of --mo
 
 Examples:
   python scripts/benchmark_kernels.py
-  python scripts/benchmark_kernels.py --suite=h200 --budget_s=420 --output_dir=out
+  python scripts/benchmark_kernels.py --suite=h200 --output_dir=out
+  python scripts/benchmark_kernels.py --suite=h200 --budget_s=420
   python scripts/benchmark_kernels.py --cases=decode_readers64_prefix4096_tail16,unrelated_rows256_context4096
-  python scripts/benchmark_kernels.py --interpret
+  python scripts/benchmark_kernels.py --interpret --output_dir=out
 """
 
 import dataclasses
@@ -76,7 +77,9 @@ _TARGET_RUNS = flags.DEFINE_list(
 )
 _MAX_PARTIALS = flags.DEFINE_integer("max_partials", 64, "Partial results a row, at most.", lower_bound=1)
 _MIN_SHARED = flags.DEFINE_integer("min_shared_tokens", 200, "Shorter shared runs are read privately.", lower_bound=1)
-_MODEL = flags.DEFINE_enum("model", "qwen3_8b", ["tiny", *PRESETS], "Of step cases; its weights are random.")
+_MODEL = flags.DEFINE_enum(
+    "model", None, ["tiny", *PRESETS], "Of step cases; its weights are random. By default qwen3_8b, interpreted tiny."
+)
 _REPEATS = flags.DEFINE_integer("repeats", None, "Of each timing. By default 5, on a CPU 3.", lower_bound=1)
 _MIN_MS = flags.DEFINE_float("min_ms", 30.0, "Device time of each repeat.", lower_bound=0.0)
 _BUDGET_S = flags.DEFINE_float("budget_s", None, "After so many seconds no further case is begun.", lower_bound=0.0)
@@ -345,6 +348,8 @@ class _Benchmark:
             words.append(
                 f"{case['us']:,.1f} us, {case['gb_per_s']:,.1f} GB/s, {case['roofline_fraction']:.0%} of roofline"
             )
+        elif case.get("weight_bytes"):
+            words.append("every row sampled at every step")
         if case.get("max_error") is not None:
             words.append(f"error {case['max_error']:.1e}{'' if case['correct'] else ' WRONG'}")
         for name, baseline in case.get("baselines", {}).items():
@@ -357,9 +362,10 @@ class _Benchmark:
 
 def _step(name: str, settings: Settings, timed: bool) -> dict[str, Any]:
     tiny = tiny_config(head_dim=_HEAD_DIM.value, d_model=64)
-    config = tiny if _MODEL.value == "tiny" else PRESETS[_MODEL.value]
+    model = _MODEL.value or ("qwen3_8b" if timed else "tiny")
+    config = tiny if model == "tiny" else PRESETS[model]
     sizes = {"num_heads": config.num_heads, "num_kv_heads": config.num_kv_heads, "head_dim": config.head_dim}
-    return measure_step(name, config, _MODEL.value, dataclasses.replace(settings, **sizes), timed=timed)
+    return measure_step(name, config, model, dataclasses.replace(settings, **sizes), timed=timed)
 
 
 if __name__ == "__main__":

@@ -126,7 +126,7 @@ _OTHERS = (
     "unrelated_rows64_context4096",
     "unrelated_rows256_context4096",
 )
-STEP = "step_threads64_prefix4096"  # the whole decode step of a model, in decode_step.py
+STEP, SMALL_STEP = "step_threads64_prefix4096", "step_threads2_prefix32"  # a model's whole decode step: decode_step.py
 
 SUITES: dict[str, tuple[str, ...]] = {
     "all": (
@@ -168,6 +168,7 @@ SUITES: dict[str, tuple[str, ...]] = {
         "joined3_tokens9_readers4_tail5",
         "prefill_chunk24_context40",
         "unrelated_rows4_context90",
+        SMALL_STEP,
     ),
 }
 
