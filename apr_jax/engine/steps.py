@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from apr_kernels.backends import REFERENCE
 from apr_kernels.kv_pages import KVPages
 from apr_kernels.plan import Plan
 from flax import nnx
@@ -117,6 +118,7 @@ class Steps:
             **dict(zip(_FLOATS, floats.T, strict=True)),
         )
         rows = jnp.arange(num_rows)
+        head = nnx.merge(self.graph, params).transposed_head() if self.kernels.backend == REFERENCE else None
 
         def body(loop: _Loop) -> _Loop:
             num_queries = loop.active.astype(jnp.int32)
@@ -129,7 +131,7 @@ class Steps:
                 loop.position[:, None],
                 num_queries,
             )
-            logits = decoder.logits(hidden[:, 0])
+            logits = decoder.logits(hidden[:, 0], head)
             if self.kernels.mesh is not None:  # every device samples the same
                 mesh = self.kernels.mesh
                 if self.vocab_size % mesh.shape[TENSOR] == 0:  # or XLA gathers the head's weights, not the logits
