@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from apr_kernels.backends import Target
+from apr_kernels.backends import REFERENCE, Target
 from apr_kernels.kv_pages import KVPages
 from apr_kernels.plan import Plan
 from flax import nnx
@@ -128,6 +128,7 @@ class Steps:
             **dict(zip(_FLOATS, floats.T, strict=True)),
         )
         rows = jnp.arange(num_rows)
+        head = nnx.merge(self.graph, params).transposed_head() if self.kernels.backend == REFERENCE else None
 
         def body(loop: _Loop) -> _Loop:
             num_queries = loop.active.astype(jnp.int32)
@@ -140,7 +141,7 @@ class Steps:
                 loop.position[:, None],
                 num_queries,
             )
-            logits = decoder.logits(hidden[:, 0])
+            logits = decoder.logits(hidden[:, 0], head)
             if self.kernels.mesh is not None:  # every device samples the same
                 mesh = self.kernels.mesh
                 if self.vocab_size % mesh.shape[TENSOR] == 0:  # or XLA gathers the head's weights, not the logits
@@ -192,9 +193,9 @@ class Steps:
         )
         assert num_slots == plan.tail_pages.shape[0]
         with jax.named_scope("decode"):
-            if self.target.platform != "cuda":  # where XLA's while loop asks the host before every iteration
+            if self.target.platform != "cuda":
                 loop = lax.while_loop(lambda x: (x.step < num_steps) & jnp.any(x.active), body, loop)
-            else:
+            else:  # there the while loop asks the host at every iteration unless its trip count is known
                 loop, _ = lax.scan(lambda x, _: (body(x), None), loop, length=num_steps)
         logprob_bits = lax.bitcast_convert_type(loop.logprobs, jnp.int32)
         return loop.pages, jnp.concatenate([loop.tokens, logprob_bits, loop.num_fed[:, None]], axis=1)

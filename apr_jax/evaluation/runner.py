@@ -159,6 +159,7 @@ class Evaluation:
     def _judge(self, entry: Entry, budget: TokenBudget | None, number: int, run: Run, engine_s: float) -> Record:
         output: Output = self.engine.collect(run)
         verdict = self.task.check(self.problems[number], output.text)
+        counted = self.task.measure(self.problems[number], [thread.text for thread in output.threads])
         return Record(
             program=entry.label,
             budget=budget,
@@ -171,6 +172,6 @@ class Evaluation:
             finish_reason=output.finish_reason,
             well_formed=self.task.well_formed(output.text),
             degraded=output.degraded,
-            metrics={**dataclasses.asdict(output.metrics), "engine_s": engine_s},
+            metrics={**dataclasses.asdict(output.metrics), **counted, "engine_s": engine_s},
             needed=run.budget.needed,
         )

@@ -23,10 +23,10 @@ def summarize(records: Sequence[Record]) -> dict[str, float | list[float]]:
       records: one a problem.
 
     Returns:
-      The mean of every metric over problems, and: `accuracy` with its standard error `accuracy_se`; `..._interval`,
-      95% bootstrap intervals of accuracy and of the means that are plotted; shares of problems that were `well_formed`,
-      `degraded`, `forked`; the number that was `ended_by_length` (all bounds on tokens) and that was `reused`; `run_s`,
-      the wall clock of the whole run, and `tokens_per_s` over it.
+      The mean of every metric over problems, those of the task's own too, and: `accuracy` with its standard error
+      `accuracy_se`; `..._interval`, 95% bootstrap intervals of accuracy and of the means that are plotted; shares of
+      problems that were `well_formed`, `degraded`, `forked`; the number that was `ended_by_length` (all bounds on
+      tokens) and that was `reused`; `run_s`, the wall clock of the whole run, and `tokens_per_s` over it.
     """
     count = len(records)
     accuracy = float(values(records, "correct").mean())
@@ -65,6 +65,7 @@ ROWS: list[tuple[str, Callable[[dict], str]]] = [
     ("well-formed", lambda r: f"{r['well_formed']:.1%}"),
     ("forked", lambda r: f"{r['forked']:.1%}"),
     ("degraded", lambda r: f"{r['degraded']:.1%}"),
+    ("wrong equations", lambda r: f"{r['wrong_equations'] / r['equations']:.2%}" if r.get("equations") else "-"),
     ("runs ended by length", lambda r: f"{r['ended_by_length']}"),
     ("tokens", lambda r: f"{r['total_tokens']:.1f}"),
     ("overshoot", lambda r: f"{r['overshoot_tokens']:.1f}"),

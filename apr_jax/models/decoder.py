@@ -76,14 +76,17 @@ class Decoder(nnx.Module):
         """Numbers in all parameters."""
         return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(self, nnx.Param)))
 
-    def logits(self, hidden: jax.Array) -> jax.Array:
-        """Maps hidden: [..., D] to logits [..., V] in float32, or float64 when the decoder is."""
+    def logits(self, hidden: jax.Array, head: jax.Array | None = None) -> jax.Array:
+        """Maps hidden: [..., D] to logits [..., V] in float32, or float64 when the decoder is.
+
+        Args:
+          head: [D, V] what `transposed_head` returned; None: the weights as they lie.
+        """
         wide = accumulation_dtype(self.dtype)
         with jax.named_scope("logits"):
-            if self.lm_head is None:
-                equation, weights = "...d,vd->...v", self.embedding[...]
-            else:
-                equation, weights = "...d,dv->...v", self.lm_head[...]
+            if head is None and self.lm_head is not None:
+                head = self.lm_head[...]
+            equation, weights = ("...d,vd->...v", self.embedding[...]) if head is None else ("...d,dv->...v", head)
             return jnp.einsum(
                 equation,
                 hidden,
@@ -91,3 +94,7 @@ class Decoder(nnx.Module):
                 preferred_element_type=wide,
                 precision=matmul_precision(hidden.dtype),
             )
+
+    def transposed_head(self) -> jax.Array:
+        """The weights of the logits as [D, V]: a loop on a CPU would transpose tied ones at every step."""
+        return self.embedding[...].T if self.lm_head is None else self.lm_head[...]

@@ -2,8 +2,10 @@
 
 import itertools
 import re
+from collections.abc import Sequence
 
 from apr_jax.tasks.countdown import Problem, check_equations, parse_equations
+from apr_jax.tasks.countdown_arithmetic import count_equations
 from apr_jax.tasks.countdown_format import extract_answer
 from apr_jax.tasks.countdown_parse import well_formed
 from apr_jax.tasks.countdown_renderings import prompt_of
@@ -59,6 +61,11 @@ class CountdownTask:
 
     def well_formed(self, text: str) -> bool:
         return well_formed(text)
+
+    def measure(self, problem: Problem, texts: Sequence[str]) -> dict[str, float]:
+        """See `Task`: how many equations were written, and how many of them are wrong."""
+        num_equations, num_wrong = count_equations(problem, texts)
+        return {"equations": num_equations, "wrong_equations": num_wrong}
 
     def check(self, problem: Problem, text: str) -> Verdict:
         answer = extract_answer(text)

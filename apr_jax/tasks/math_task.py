@@ -3,6 +3,7 @@ r"""Problems of the user's own with `\boxed{}` answers, as a `Task`."""
 import dataclasses
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -119,6 +120,10 @@ class MathTask:
 
     def well_formed(self, text: str) -> bool:
         return last_boxed(text) is not None
+
+    def measure(self, problem: MathProblem, texts: Sequence[str]) -> dict[str, float]:
+        """See `Task`: nothing."""
+        return {}
 
     def check(self, problem: MathProblem, text: str) -> Verdict:
         answer = last_boxed(text)

@@ -1,7 +1,7 @@
 """What a task offers to the scripts: problems, prompts, a checker."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 
@@ -58,4 +58,10 @@ class Task(Protocol):
 
     def well_formed(self, text: str) -> bool:
         """Whether a flattened text (paths where they were forked) has the task's format."""
+        ...
+
+    def measure(self, problem: Any, texts: Sequence[str]) -> dict[str, float]:
+        """What the task counts in the texts of a run's threads, beside the metrics of all tasks: the same names for
+        every problem.
+        """
         ...

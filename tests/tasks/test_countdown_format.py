@@ -1,6 +1,7 @@
 """Renderings, parsing and tokenizer: exact round trips, and structure errors by name."""
 
 import pathlib
+import re
 
 import pytest
 from hypothesis import given, settings
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from apr_jax.reasoning.grammars.apr import read_nodes, winning_path
 from apr_jax.reasoning.programs import GRAMMARS
 from apr_jax.tasks.countdown import Problem, check_equations, draw_problems, parse_equations
+from apr_jax.tasks.countdown_arithmetic import count_equations
 from apr_jax.tasks.countdown_features import initial_embedding
 from apr_jax.tasks.countdown_format import FORMATS, extract_answer, render_blocks, render_sequential
 from apr_jax.tasks.countdown_parse import parse_trace, search_error, structure_error, well_formed
@@ -221,6 +223,34 @@ def test_tokenizer_gives_one_token_a_piece(tmp_path):
     for grammar in (GRAMMARS[name] for name in FORMATS):
         for tag in (*grammar.block, grammar.trigger, grammar.closer, MARKER):
             assert tokenizer.token_id(tag) == ids[tag]
+
+
+@settings(max_examples=30, deadline=None)
+@given(problem=problems(), data=st.data())
+def test_equations_are_counted_and_wrong_ones_found(problem, data):
+    tree = search(problem)
+    for program, trace in renderings(tree).items():
+        texts = [trace_text((span,)) for span in trace_spans(trace)]
+        num_equations, num_wrong = count_equations(problem, texts)
+        assert num_wrong == 0, program
+        if program == "sequential":
+            stop = next((i for i, line in enumerate(tree.lines) if line.solution), len(tree.lines) - 1)
+            quads = [quad for line in tree.lines[: stop + 1] for quad in quads_of(line)]
+            steps = sum(len(line.steps) for line in tree.lines[: stop + 1]) + len(tree.solution or ())
+            assert num_equations == steps + sum(value is not None for quad in quads for value in quad)
+        text = "".join(texts)
+        values = list(re.finditer(r"(?<= =)( \d+)(?= )", text))  # the first value behind a sign
+        found = data.draw(st.sampled_from(values)) if values else None
+        if found is not None:
+            spoilt = f"{text[: found.start()]} {int(found[1]) + 1}{text[found.end() :]}"
+            assert count_equations(problem, [spoilt]) == (num_equations, 1)
+
+
+def quads_of(line) -> list:
+    """All quads that a line writes."""
+    if line.first is None:
+        return [quad for each in line.rounds for quad in (each.made, each.needed)]
+    return [line.first, line.rounds[0].made, *(each.needed for each in line.rounds)]
 
 
 def test_large_values_are_a_number_and_a_digit():
