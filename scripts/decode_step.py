@@ -30,7 +30,7 @@ from apr_jax.engine.steps import Steps, pack_decode
 from apr_jax.models.params import build_decoder, param_shapes
 
 FORM = r"step_threads(\d+)_prefix(\d+)"
-STEPS = 16  # of a dispatch
+STEPS, FEW_STEPS = 16, 2  # of a dispatch that is timed, and of one that is only run
 FIRST_TAIL = 64  # tokens of each thread's own before the dispatch
 
 
@@ -51,10 +51,10 @@ def measure_step(
     found = re.fullmatch(FORM, name)
     check(found is not None, f"case {name!r} must be of the form step_threadsN_prefixN")
     assert found is not None
-    step = _Step(int(found[1]), int(found[2]), config, settings)
+    step = _Step(int(found[1]), int(found[2]), config, settings, STEPS if timed else FEW_STEPS)
     step.check_dispatch()
     weights = step.weight_bytes()
-    tokens = step.prefix + step.num_rows * (FIRST_TAIL + (STEPS + 1) / 2)
+    tokens = step.prefix + step.num_rows * (FIRST_TAIL + (step.num_steps + 1) / 2)
     kv_bytes = round(tokens * settings.token_bytes * config.num_layers)
     bound = (weights + kv_bytes) / settings.copy_bytes_per_s
     result: dict[str, Any] = {
@@ -84,9 +84,10 @@ def measure_step(
 class _Step:
     """The engine's decode program with all that it is called with."""
 
-    def __init__(self, num_rows: int, prefix: int, config: ModelConfig, settings: Settings):
+    def __init__(self, num_rows: int, prefix: int, config: ModelConfig, settings: Settings, num_steps: int):
         self.num_rows, self.prefix, self.config, self.settings = num_rows, prefix, config, settings
-        case = parse_case(f"decode_readers{num_rows}_prefix{prefix}_tail{FIRST_TAIL + STEPS}")
+        self.num_steps = num_steps
+        case = parse_case(f"decode_readers{num_rows}_prefix{prefix}_tail{FIRST_TAIL + self.num_steps}")
         self.plan = build_plan(
             case,
             settings.page_size,
@@ -96,7 +97,7 @@ class _Step:
             min_shared_tokens=settings.min_shared_tokens,
         )
         self.kernels = Kernels(settings.backend, None, settings.interpret)
-        engine_config = EngineConfig(max_threads=num_rows, steps_per_dispatch=STEPS)
+        engine_config = EngineConfig(max_threads=num_rows, steps_per_dispatch=self.num_steps)
         self.decoder = build_decoder(config, settings.dtype, _random_params(config, settings))
         self.graph, self.params = nnx.split(self.decoder)
         target = target_of(jax.devices()[0])
@@ -104,7 +105,7 @@ class _Step:
         num_pages = lay_out(case, settings.page_size).num_pages
         make = jax.jit(functools.partial(random_pages, settings, num_pages))
         self.pages = [make(jax.random.key(i)) for i in range(config.num_layers)]
-        self.batch = _batch(self.plan, num_rows, prefix + FIRST_TAIL, engine_config.max_stop_ids)
+        self.batch = _batch(self.plan, num_rows, self.num_steps, prefix + FIRST_TAIL, engine_config.max_stop_ids)
         self.inputs = jax.device_put(
             (self.plan, self.batch.tail_len, *pack_decode(self.batch), np.zeros((num_rows, config.vocab_size), bool))
         )
@@ -121,8 +122,9 @@ class _Step:
     def check_dispatch(self) -> None:
         self.pages, packed = self.decode(self.params, self.pages, *self.inputs)
         fetched = np.asarray(packed)
-        fed, tokens = fetched[:, -1], fetched[:, :STEPS]
-        check(bool((fed == STEPS).all()), f"the dispatch fed {fed.min()} tokens to some row, must be {STEPS}")
+        fed, tokens = fetched[:, -1], fetched[:, : self.num_steps]
+        full = f"the dispatch fed {fed.min()} tokens to some row, must be {self.num_steps}"
+        check(bool((fed == self.num_steps).all()), full)
         check(bool((tokens >= 0).all()), "the dispatch sampled no token at some step")
 
     def time_dispatch(self) -> float:
@@ -139,8 +141,8 @@ class _Step:
         }
 
     def _time(self, run: Callable, start: Any) -> float:
-        """Seconds of each of the STEPS that a pass makes."""
-        return time_passes(run, start, STEPS, repeats=self.settings.repeats, min_s=self.settings.min_s).median
+        """Seconds of each of the steps that a pass makes."""
+        return time_passes(run, start, self.num_steps, repeats=self.settings.repeats, min_s=self.settings.min_s).median
 
     def _time_pages(self, run: Callable) -> float:
         """The same of a pass that donates the pages and returns them: they are kept for the next."""
@@ -169,7 +171,7 @@ class _Step:
                     q, _lse = paged_attention(q, layer, plan, tail_len, num_queries, prepared, **self._options())
                 return q
 
-            return lax.fori_loop(0, STEPS, body, q)
+            return lax.fori_loop(0, self.num_steps, body, q)
 
         shape = (self.num_rows, 1, self.config.num_heads, self.config.head_dim)
         q = jax.random.normal(jax.random.key(0), shape, self.settings.dtype)
@@ -186,7 +188,7 @@ class _Step:
             def body(_, pages):
                 return [kv_update(layer, k, k, plan, tail_len, num_queries, **self._options()) for layer in pages]
 
-            return lax.fori_loop(0, STEPS, body, pages)
+            return lax.fori_loop(0, self.num_steps, body, pages)
 
         return self._time_pages(lambda pages: run(pages, k))
 
@@ -206,7 +208,7 @@ class _Step:
                 hidden, _caches = jax.vmap(lambda t: decoder(t[None], t[None], caches, attend))(tokens)
                 return jnp.where(jnp.abs(hidden[:, 0]).max(-1) < 0, 0, tokens)  # hangs on all of it, changes nothing
 
-            return lax.fori_loop(0, STEPS, body, tokens)
+            return lax.fori_loop(0, self.num_steps, body, tokens)
 
         tokens = jnp.arange(self.num_rows, dtype=jnp.int32) % self.config.vocab_size
         return self._time(lambda tokens: run(tokens, self.params), tokens)
@@ -225,7 +227,7 @@ class _Step:
                 tokens, _logprobs = sample(decoder.logits(hidden), state, jnp.zeros(self.num_rows, jnp.int32), seen)
                 return jnp.where((tokens < 0)[:, None], 0, hidden)
 
-            return lax.fori_loop(0, STEPS, body, hidden)
+            return lax.fori_loop(0, self.num_steps, body, hidden)
 
         hidden = jax.random.normal(jax.random.key(2), (self.num_rows, self.config.d_model), self.settings.dtype)
         return self._time(lambda hidden: run(hidden, self.params, state, seen), hidden)
@@ -245,8 +247,8 @@ def _random_params(config: ModelConfig, settings: Settings) -> Callable[[str], j
     return lambda name: draw(keys[name], shapes[name].shape, shapes[name].dtype)
 
 
-def _batch(plan, num_rows: int, position: int, max_stop_ids: int) -> DecodeBatch:
-    """Greedy rows that each sample STEPS tokens, with no stop."""
+def _batch(plan, num_rows: int, num_steps: int, position: int, max_stop_ids: int) -> DecodeBatch:
+    """Greedy rows that each sample num_steps tokens, with no stop."""
 
     def ints(value: int) -> np.ndarray:
         return np.full(num_rows, value, np.int32)
@@ -259,11 +261,11 @@ def _batch(plan, num_rows: int, position: int, max_stop_ids: int) -> DecodeBatch
         threads=(),
         plan=plan,
         tail_len=ints(FIRST_TAIL),
-        forced=np.zeros((num_rows, STEPS), np.int32),
+        forced=np.zeros((num_rows, num_steps), np.int32),
         num_forced=ints(1),
         position=ints(position),
-        capacity=ints(STEPS),
-        budget=ints(STEPS),
+        capacity=ints(num_steps),
+        budget=ints(num_steps),
         stop_ids=no_ids,
         drain=np.zeros((num_rows, max_stop_ids), bool),
         num_sampled=ints(0),
