@@ -98,11 +98,11 @@ class EngineCore(Detours):
         check(not drop or (all(lists) and not carry), "children of a fork that drops tokens need forced ones")
         carried: list[int] = []
         if all(lists) and not carry:
-            dropped = self._take_back(thread, drop)
+            taken = self._take_back(thread, drop)
             try:
                 self._flush([thread])
             except OutOfPages:
-                self._force(thread, dropped)
+                self._give_back(thread, taken)
                 raise
         else:
             if not thread.pending:

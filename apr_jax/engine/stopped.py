@@ -2,12 +2,21 @@
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from apr_jax.config import check
 from apr_jax.engine import events
 from apr_jax.engine.loop import Loop
 from apr_jax.engine.thread import Status, Thread
 from apr_jax.types import SamplingParams
+
+
+class Taken(NamedTuple):
+    """What a thread has lost: its last tokens, whether they were sampled, their log-probabilities."""
+
+    token_ids: list[int]
+    sampled: list[bool]
+    logprobs: list[float]
 
 
 class StoppedThreads(Loop):
@@ -46,13 +55,13 @@ class StoppedThreads(Loop):
         own = len(thread.token_ids) - (thread.joins[-1].at if thread.joins else 0)
         check(0 <= drop <= own, f"{drop} tokens to drop, the thread has {own} behind its last join")
 
-    def _take_back(self, thread: Thread, count: int) -> list[int]:
-        """A stopped thread loses its last tokens, their keys too; they count as overshoot. Returns them.
+    def _take_back(self, thread: Thread, count: int) -> Taken:
+        """A stopped thread loses its last tokens, their keys too; they count as overshoot.
 
         What comes before them in a segment that is sealed already has to be computed again.
         """
         if count == 0:
-            return []
+            return Taken([], [], [])
         context = thread.context
         assert context is not None
         before = context.num_tokens
@@ -69,14 +78,21 @@ class StoppedThreads(Loop):
             thread.family.counters.reprefill_tokens += len(again) - taken
         self.cache.rollback(context, left)
         self.cache.trim(context)
-        dropped = thread.token_ids[-count:]
+        taken_back = Taken(thread.token_ids[-count:], thread.sampled[-count:], thread.logprobs[-count:])
         for values in (thread.token_ids, thread.sampled, thread.logprobs):
             del values[-count:]
         thread.is_flushed = False
         thread.family.counters.overshoot_tokens += count
         self._emit_keys(thread, context.num_tokens - before, "dropped")
         self.emit(events.RewindEvent, thread, num_tokens=count)
-        return dropped
+        return taken_back
+
+    def _give_back(self, thread: Thread, taken: Taken) -> None:
+        """What was taken back is the thread's again. Its keys are computed again; listeners hear of forced tokens."""
+        count = len(taken.token_ids)
+        if count:
+            self._force(thread, taken.token_ids)
+            thread.sampled[-count:], thread.logprobs[-count:] = taken.sampled, taken.logprobs
 
     def _emit_forced(self, thread: Thread, ids: Sequence[int]) -> None:
         self.emit(events.TokenEvent, thread, token_ids=tuple(ids), sampled=(False,) * len(ids))

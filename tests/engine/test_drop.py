@@ -85,6 +85,23 @@ def test_a_refused_fork_drops_nothing():
     assert root.family.counters.overshoot_tokens == 0
 
 
+def test_a_fork_that_finds_no_pages_gives_the_tokens_back(monkeypatch):
+    engine = engine_that_counts(max_tail_pages=1)
+    root = submit(engine, 6)
+    root.logprobs[:] = [-0.5] * 6
+
+    def no_pages(threads):
+        raise OutOfPages(1, 0, "the pool")
+
+    with monkeypatch.context() as patched, pytest.raises(OutOfPages):
+        patched.setattr(engine, "_flush", no_pages)
+        engine.fork(root, [[1], [2]], sampling=SamplingParams(max_new_tokens=1), drop=3)
+    assert root.token_ids == [1, 2, 3, 4, 5, 6] and held(root) == PROMPT + root.token_ids
+    assert root.sampled == [True] * 6 and root.logprobs == [-0.5] * 6
+    engine.fork(root, [[1], [2]], sampling=SamplingParams(max_new_tokens=1), drop=3)
+    assert root.token_ids == [1, 2, 3]
+
+
 @pytest.mark.parametrize("max_tail_pages", [1, 32])
 @pytest.mark.parametrize("drop", [1, 7])
 def test_forced_tokens_may_replace_the_last_ones(drop, max_tail_pages):
