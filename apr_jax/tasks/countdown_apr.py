@@ -33,33 +33,32 @@ from apr_jax.tasks.countdown import Equation, Problem
 from apr_jax.tasks.countdown_format import answer_pieces, left_beside, opening_pieces, rest_pieces
 from apr_jax.tasks.countdown_search import Line, ReasoningTree
 from apr_jax.tasks.countdown_vocabulary import (
-    AT_NODE,
     BARE_NUMBERS,
     BOS,
     CALLS,
     END_OPERATIONS,
     EOS,
+    FAILED,
     FIRST_GENERATED,
     GENERATED,
     GOAL_REACHED,
+    LISTED,
     MADE_BY,
     NO_OPERATIONS,
-    NO_SOLUTION,
     NODE,
     NODES,
     NOTHING_FOUND,
-    NUMBERS,
-    OF_NODE,
     OPERATIONS,
     PATH,
     REACHED,
+    RESULTS,
     START,
     STATE,
-    STATE_NUMBERS,
+    TARGETS,
 )
 from apr_jax.tasks.trace import Block, Span, Trace
 
-CALLING, END_CALLING, RESULTS, END_RESULTS = CALLS
+CALLING, END_CALLING, RETURNED, END_RETURNED = CALLS
 
 
 def root_prompt(problem: Problem) -> str:
@@ -72,14 +71,11 @@ def _state(target: int, numbers: tuple[int, ...]) -> list[str]:
 
 
 def _listed(target: int, numbers: tuple[int, ...]) -> list[str]:
-    pieces = [BARE_NUMBERS[target], STATE_NUMBERS, BARE_NUMBERS[numbers[0]]]
-    for number in numbers[1:]:
-        pieces += [",", NUMBERS[number]]
-    return pieces
+    return [TARGETS[target], BARE_NUMBERS[numbers[0]], *(LISTED[number] for number in numbers[1:])]
 
 
 def _equation(e: Equation) -> list[str]:
-    return [BARE_NUMBERS[e.left], e.operator, BARE_NUMBERS[e.right], "=", BARE_NUMBERS[e.value]]
+    return [BARE_NUMBERS[e.left], e.operator, BARE_NUMBERS[e.right], RESULTS[e.value]]
 
 
 def _node_values(line: Line) -> tuple[int, ...]:
@@ -93,7 +89,7 @@ def _path(index: int, line: Line) -> list[str]:
     equations = []
     for i, e in enumerate(line.solution):
         pieces = _equation(e)
-        equations += [",", NUMBERS[e.left], *pieces[1:]] if i else pieces
+        equations += [LISTED[e.left], *pieces[1:]] if i else pieces
     return [NODES[index], PATH, *equations, "\n", *_goal(line.target)]
 
 
@@ -131,17 +127,16 @@ def render_apr(tree: ReasoningTree) -> Trace:
             generated = FIRST_GENERATED[i] if i and i == first else GENERATED[i]
             pieces += [generated, *_listed(target, _node_values(line)), MADE_BY, *_equation(line.steps[0])]
         parts.append(Span((*pieces, "\n"), forced))
-        calls = [piece for i, _ in nodes for piece in (START[i - first], AT_NODE[i])]
-        call = Span((CALLING, *calls, "\n", END_CALLING))
+        call = Span((CALLING, *(START[i] for i, _ in nodes), "\n", END_CALLING))
         searches = tuple(_search(i, line) for i, line in nodes)
         parts.append(Block(((call,),), "splice", searches))
-        pieces = [RESULTS]
+        pieces = [RETURNED]
         for i, line in nodes:
             if line.solution is None:
-                pieces += [NO_SOLUTION[i - first], OF_NODE[i]]
+                pieces.append(FAILED[i])
             else:
-                pieces += [REACHED[i - first], OF_NODE[i], "\n", *_path(i, line)]
-        pieces += ["\n", END_RESULTS, "\n"]
+                pieces += [REACHED[i], "\n", *_path(i, line)]
+        pieces += ["\n", END_RETURNED, "\n"]
         forced, first = len(pieces), first + len(lines)
         if any(line.solution for line in lines):
             break

@@ -7,7 +7,7 @@ all spans in reading order, paths where they were forked. APR's searches have te
 import re
 from collections.abc import Iterator, Sequence
 
-from apr_jax.tasks.countdown_apr import CALLING, END_RESULTS, RESULTS
+from apr_jax.tasks.countdown_apr import CALLING, END_RETURNED, RETURNED
 from apr_jax.tasks.countdown_format import FORMATS, Tags
 from apr_jax.tasks.countdown_vocabulary import BOS, EOS, LABELS, MARKER, MODES, NODES, NONE, vocabulary
 from apr_jax.tasks.trace import Block, Span, Trace
@@ -39,7 +39,7 @@ _RESULT = (
     rf"(?:\n<No Solution in Sub Search \d+ at level 1 at Node #0,\d+>"
     rf"|\n<Goal Reached in Sub Search \d+ at level 1 at Node #0,\d+>\n{_PATH})"
 )
-_CALL = rf"(?:{_GENERATED})+\n{RESULTS}(?:{_RESULT})+\n{END_RESULTS}\n"
+_CALL = rf"(?:{_GENERATED})+\n{RETURNED}(?:{_RESULT})+\n{END_RETURNED}\n"
 _APR_BODY = re.compile(rf"{_SOLVED_OPENING}{_ANSWER}|{_FAILED_OPENING}(?:{_NONE}| ;(?:{_CALL})+(?:{_ANSWER}|{_NONE}))")
 _SEARCH_BODY = re.compile(
     rf" :(?:{_STEP})?(?:{_FAILED_BODY}\nNo solution found\.|{_SOLVED_BODY}\n\d+,\d+ equal: Goal Reached\n{_PATH})"
@@ -204,16 +204,16 @@ def _branch(text: str, tags: Tags) -> tuple[Span]:
 
 def _apr_parts(head: list[str], body: str, searches: Iterator[str]) -> Iterator[Span | Block]:
     pieces, forced = head, len(head)
-    while RESULTS in body:
-        generated, _, body = body.partition(RESULTS)
-        results, _, body = body.partition(END_RESULTS + "\n")
+    while RETURNED in body:
+        generated, _, body = body.partition(RETURNED)
+        results, _, body = body.partition(END_RETURNED + "\n")
         yield Span((*pieces, *pieces_of(generated)), forced)
         nodes = re.findall(r"Generated Node #0,(\d+):", generated)
         starts = "".join(f"\n<Start Sub Search {i} at level 1> {NODES[int(node)]}" for i, node in enumerate(nodes))
         call = Span(pieces_of(f"{CALLING}{starts}\n<End Calling Sub Searches>"))
         called = tuple(_search(text) for _, text in zip(nodes, searches))
         yield Block(((call,),), "splice", called)
-        pieces = [RESULTS, *pieces_of(results), END_RESULTS, "\n"]
+        pieces = [RETURNED, *pieces_of(results), END_RETURNED, "\n"]
         forced = len(pieces)
     yield Span((*pieces, *pieces_of(body)), forced)
 

@@ -1,8 +1,8 @@
 """The pieces of the Countdown formats: one token each, a text has one segmentation.
 
-Numbers have a piece with a leading space, as the formats of this project write them, and one without, as APR's texts
-do. A number above 199 is two pieces, all but its last digit and the digit; without a space there is none. Phrases that
-APR's texts repeat are one piece.
+Numbers have a piece with a leading space, as the formats of this project write them. A number above 199 is two pieces,
+all but its last digit and the digit. APR's texts, whose threads name many states, have pieces for a number up to 199
+alone, in a list, as a result and as a state's target, each with the sign before or behind it, and for whole phrases.
 """
 
 from collections.abc import Iterable
@@ -24,31 +24,38 @@ SIGNS = (" :", " =", " |", " ,", " ;", MATCH, MARKER, " ->", EMPTY, " -", " +", 
 NUMBERS = tuple(f" {n}" for n in range(MAX_VALUE + 1))
 
 BARE_NUMBERS = tuple(str(n) for n in range(MAX_VALUE + 1))
-BARE_SIGNS = ("-", "+", "*", "/", "=", ",", "\n")
+LISTED = tuple(f", {n}" for n in range(MAX_VALUE + 1))
+RESULTS = tuple(f"={n}" for n in range(MAX_VALUE + 1))
+TARGETS = tuple(f"{n}:[" for n in range(MAX_VALUE + 1))
+BARE_SIGNS = ("-", "+", "*", "/", ",", "\n")
 NODE, NODES = "Moving to Node #0", tuple(f"Moving to Node #0,{i}" for i in range(MAX_LINES))
 GENERATED = tuple(f"\nGenerated Node #0,{i}: " for i in range(MAX_LINES))
 FIRST_GENERATED = {
     i: f"Generated Node #0,{i}: " for i in range(BLOCK_SIZE, MAX_LINES, BLOCK_SIZE)
 }  # behind a line break
-AT_NODE = tuple(f" at level 1> Moving to Node #0,{i}" for i in range(MAX_LINES))
-OF_NODE = tuple(f" at level 1 at Node #0,{i}>" for i in range(MAX_LINES))
-START = tuple(f"\n<Start Sub Search {i}" for i in range(BLOCK_SIZE))
-NO_SOLUTION = tuple(f"\n<No Solution in Sub Search {i}" for i in range(BLOCK_SIZE))
-REACHED = tuple(f"\n<Goal Reached in Sub Search {i}" for i in range(BLOCK_SIZE))
-STATE, STATE_NUMBERS = "\nCurrent State: ", ":["
+START, FAILED, REACHED = (
+    tuple(text.format(i % BLOCK_SIZE, i) for i in range(MAX_LINES))
+    for text in (
+        "\n<Start Sub Search {} at level 1> Moving to Node #0,{}",
+        "\n<No Solution in Sub Search {} at level 1 at Node #0,{}>",
+        "\n<Goal Reached in Sub Search {} at level 1 at Node #0,{}>",
+    )
+)
+STATE = "\nCurrent State: "
 NO_OPERATIONS, OPERATIONS, OPERATION, END_OPERATIONS = "], Operations: []", "], Operations: ['", "', '", "']"
 MADE_BY, PATH = "] Operation: ", "\nOperations: "
 GOAL_REACHED, NOTHING_FOUND = " equal: Goal Reached", "\nNo solution found."
 CALLS = ("<Calling Sub Searches>", "<End Calling Sub Searches>", "<Sub Searches>", "<End Sub Searches>")
 PHRASES = (
-    NODE, *NODES, *GENERATED, *FIRST_GENERATED.values(), *AT_NODE, *OF_NODE, *START, *NO_SOLUTION, *REACHED, STATE,
-    STATE_NUMBERS, NO_OPERATIONS, OPERATIONS, OPERATION, END_OPERATIONS, MADE_BY, PATH, GOAL_REACHED, NOTHING_FOUND,
+    NODE, *NODES, *GENERATED, *FIRST_GENERATED.values(), *START, *FAILED, *REACHED, STATE, NO_OPERATIONS, OPERATIONS,
+    OPERATION, END_OPERATIONS, MADE_BY, PATH, GOAL_REACHED, NOTHING_FOUND,
 )  # fmt: skip
 
 
 def vocabulary() -> tuple[str, ...]:
     """All pieces in the order of their ids."""
-    return (*CONTROLS, *MODES.values(), *TAGS, *CALLS, *LABELS, *SIGNS, *NUMBERS, *BARE_NUMBERS, *BARE_SIGNS, *PHRASES)
+    marks = (*CONTROLS, *MODES.values(), *TAGS, *CALLS, *LABELS, *SIGNS)
+    return (*marks, *NUMBERS, *BARE_NUMBERS, *LISTED, *RESULTS, *TARGETS, *BARE_SIGNS, *PHRASES)
 
 
 def number_pieces(value: int | None) -> list[str]:

@@ -8,6 +8,8 @@ import numpy as np
 from apr_jax.models.decoder import Decoder
 from apr_jax.models.params import build_decoder, named_params
 
+_AROUND = " ,=:["
+
 
 def tie_matching_heads(decoder: Decoder) -> None:
     """Starts the first query head of every group from its key head's weights; changes the decoder in place.
@@ -26,8 +28,8 @@ def tie_matching_heads(decoder: Decoder) -> None:
 def take_over(decoder: Decoder, source: Decoder, source_pieces: Sequence[str], pieces: Sequence[str]) -> Decoder:
     """A decoder that knows what a source with another vocabulary knows.
 
-    A piece's embedding is the source's of the same piece, or of the piece that differs by a leading space only; one
-    that the source has not keeps the decoder's own, at the mean length of the others.
+    A piece's embedding is the source's of the same piece, or of the piece that differs by the spaces and signs around
+    it only; one that the source has not keeps the decoder's own, at the mean length of the others.
 
     Raises:
       ValueError: the two differ in more than the vocabulary, or an embedding is not tied.
@@ -38,12 +40,12 @@ def take_over(decoder: Decoder, source: Decoder, source_pieces: Sequence[str], p
             found = taken[name].shape if name in taken else None
             raise ValueError(f"{name} is {found} in the source, must be {value.shape}")
     mine, theirs = np.array(values["embedding"]), np.asarray(taken["embedding"])
-    by_text = {piece.strip(" "): i for i, piece in enumerate(source_pieces)} | {
-        p: i for i, p in enumerate(source_pieces)
+    by_text = {piece.strip(_AROUND): i for i, piece in enumerate(source_pieces)} | {
+        piece: i for i, piece in enumerate(source_pieces)
     }
     length = np.linalg.norm(theirs, axis=1).mean()
     mine *= length / np.linalg.norm(mine, axis=1, keepdims=True)
     for i, piece in enumerate(pieces):
-        if (found := by_text.get(piece, by_text.get(piece.strip(" ")))) is not None:
+        if (found := by_text.get(piece, by_text.get(piece.strip(_AROUND)))) is not None:
             mine[i] = theirs[found]
     return build_decoder(decoder.config, decoder.dtype, {**taken, "embedding": jnp.asarray(mine)}.__getitem__)
