@@ -145,7 +145,10 @@ class AprProgram(Program):
             return Finish("nothing called", degraded=(*degraded, f"{END_CALLING} without calls: no search"))
         root, bos_id = call.family.root, self._tokenizer.bos_id
         begin = [bos_id] if bos_id is not None and root.prompt_ids[0] == bos_id else []
-        prompts = [[*begin, *self._tokenizer.encode(str(node))] for node in nodes]
+        try:
+            prompts = [[*begin, *self._tokenizer.encode(str(node))] for node in nodes]
+        except ValueError as error:  # the model wrote a node that its tokenizer cannot write as a prompt
+            return Finish("a node without a prompt", degraded=(*degraded, str(error)))
         return Spawn(prompts, self._only(call, ()), joining_len=len(self._line_break), degraded=tuple(degraded))
 
     def _called(self, call: Thread) -> tuple[list[Node], list[str]]:
