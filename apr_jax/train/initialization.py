@@ -8,7 +8,10 @@ import numpy as np
 from apr_jax.models.decoder import Decoder
 from apr_jax.models.params import build_decoder, named_params
 
-_AROUND = " ,=:["
+
+def _core(piece: str) -> str:
+    """A piece without the spaces and signs around it; a piece of signs alone keeps them."""
+    return piece.strip(" ,=:[") or piece.strip(" ")
 
 
 def tie_matching_heads(decoder: Decoder) -> None:
@@ -40,12 +43,11 @@ def take_over(decoder: Decoder, source: Decoder, source_pieces: Sequence[str], p
             found = taken[name].shape if name in taken else None
             raise ValueError(f"{name} is {found} in the source, must be {value.shape}")
     mine, theirs = np.array(values["embedding"]), np.asarray(taken["embedding"])
-    by_text = {piece.strip(_AROUND): i for i, piece in enumerate(source_pieces)} | {
-        piece: i for i, piece in enumerate(source_pieces)
-    }
+    by_text = {_core(piece): i for i, piece in enumerate(source_pieces)}
+    by_text |= {piece: i for i, piece in enumerate(source_pieces)}
     length = np.linalg.norm(theirs, axis=1).mean()
     mine *= length / np.linalg.norm(mine, axis=1, keepdims=True)
     for i, piece in enumerate(pieces):
-        if (found := by_text.get(piece, by_text.get(piece.strip(_AROUND)))) is not None:
+        if (found := by_text.get(piece, by_text.get(_core(piece)))) is not None:
             mine[i] = theirs[found]
     return build_decoder(decoder.config, decoder.dtype, {**taken, "embedding": jnp.asarray(mine)}.__getitem__)

@@ -36,8 +36,9 @@ def say(tensor, kv_dtype):
     return [thread.token_ids for thread in (root, *kids)]
 
 out = {}
-for tensor_tied, kv_dtype in ((False, "int8"), (True, None)):
-    out[f"{tensor_tied} {kv_dtype}"] = [say(tensor, kv_dtype) for tensor in (1, 2, 8)]
+for tensor_tied in (False, True):
+    for kv_dtype in (None, "int8"):
+        out[f"{tensor_tied} {kv_dtype}"] = [say(tensor, kv_dtype) for tensor in (1, 2, 8)]
 print(json.dumps(out))
 """
 

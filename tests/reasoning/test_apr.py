@@ -162,6 +162,21 @@ def test_unknown_and_repeated_nodes_are_dropped():
     ]
 
 
+def test_a_node_that_the_tokenizer_cannot_write_is_dropped_alone():
+    class Narrow(ByteTokenizer):
+        def encode(self, text, **options):
+            if "%" in text:
+                raise ValueError("no token for '%'")
+            return super().encode(text, **options)
+
+    texts = TEXTS | {"": TEXTS[""].replace("53-22=31\nExp", "53%22=31\nExp"), "0.0/0.0": SEARCHES[1]}
+    out = run(texts, Narrow(TAGS), script=Transcripts(ONE, texts))
+    reason = "thread 1: a search from node #0,0, which has no prompt (no token for '%'): dropped"
+    assert out.degraded == [reason] and out.finish_reason == "eos"
+    assert [thread.parent for thread in out.threads] == [None, 0, 1]
+    assert "<Goal Reached in Sub Search 0 at level 1 at Node #0,1>" in out.text
+
+
 def test_a_call_of_nothing_stays_text():
     out = run({"": f"{BEFORE}<Calling Sub Searches>end", "0.0": "none<End Calling Sub Searches>"})
     assert out.text == f"{BEFORE}<Calling Sub Searches>none<End Calling Sub Searches>\nend"

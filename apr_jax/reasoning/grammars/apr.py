@@ -140,31 +140,31 @@ class AprProgram(Program):
         return Fork([tokens], self._only(root, (END_CALLING,)), joining_len=1, drop=count)
 
     def _spawn(self, call: Thread) -> Spawn | Finish:
-        nodes, degraded = self._called(call)
-        if not nodes:
+        prompts, degraded = self._called(call)
+        if not prompts:
             return Finish("nothing called", degraded=(*degraded, f"{END_CALLING} without calls: no search"))
         root, bos_id = call.family.root, self._tokenizer.bos_id
         begin = [bos_id] if bos_id is not None and root.prompt_ids[0] == bos_id else []
-        try:
-            prompts = [[*begin, *self._tokenizer.encode(str(node))] for node in nodes]
-        except ValueError as error:  # the model wrote a node that its tokenizer cannot write as a prompt
-            return Finish("a node without a prompt", degraded=(*degraded, str(error)))
-        return Spawn(prompts, self._only(call, ()), joining_len=len(self._line_break), degraded=tuple(degraded))
+        begun = [[*begin, *ids] for ids in prompts.values()]
+        return Spawn(begun, self._only(call, ()), joining_len=len(self._line_break), degraded=tuple(degraded))
 
-    def _called(self, call: Thread) -> tuple[list[Node], list[str]]:
-        """The nodes to search from, each once, and what was wrong with the call."""
+    def _called(self, call: Thread) -> tuple[dict[Node, list[int]], list[str]]:
+        """The nodes to search from, each once, with their prompts, and what was wrong with the call."""
         text = self._tokenizer.decode(call.token_ids)
         known = read_nodes(self._tokenizer.decode([*call.family.root.prompt_ids, *call.family.root.token_ids]) + text)
-        nodes: list[Node] = []
+        prompts: dict[Node, list[int]] = {}
         degraded: list[str] = []
         for name in CALL.findall(text):
             if name not in known:
                 degraded.append(f"a search from node #{name}, which was not generated: dropped")
-            elif known[name] in nodes:
+            elif known[name] in prompts:
                 degraded.append(f"a search from node #{name} is called twice: dropped")
             else:
-                nodes.append(known[name])
-        return nodes, degraded
+                try:
+                    prompts[known[name]] = self._tokenizer.encode(str(known[name]))
+                except ValueError as error:  # a small vocabulary may write a node and not its prompt
+                    degraded.append(f"a search from node #{name}, which has no prompt ({error}): dropped")
+        return prompts, degraded
 
     def _results(self, call: Thread) -> list[int]:
         """What the root reads in place of the call."""
