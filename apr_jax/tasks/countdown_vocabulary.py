@@ -41,6 +41,18 @@ START, FAILED, REACHED = (
         "\n<Goal Reached in Sub Search {} at level 1 at Node #0,{}>",
     )
 )
+# Behind a call that is dropped the numbers of searches and nodes part ways: such a line is two pieces.
+PARTS = tuple(
+    text.format(i)
+    for text, count in (
+        ("\n<Start Sub Search {}", BLOCK_SIZE),
+        ("\n<No Solution in Sub Search {}", BLOCK_SIZE),
+        ("\n<Goal Reached in Sub Search {}", BLOCK_SIZE),
+        (" at level 1> Moving to Node #0,{}", MAX_LINES),
+        (" at level 1 at Node #0,{}>", MAX_LINES),
+    )
+    for i in range(count)
+)
 STATE = "\nCurrent State: "
 NO_OPERATIONS, OPERATIONS, OPERATION, END_OPERATIONS = "], Operations: []", "], Operations: ['", "', '", "']"
 MADE_BY, PATH = "] Operation: ", "\nOperations: "
@@ -48,7 +60,7 @@ GOAL_REACHED, NOTHING_FOUND = " equal: Goal Reached", "\nNo solution found."
 CALLS = ("<Calling Sub Searches>", "<End Calling Sub Searches>", "<Sub Searches>", "<End Sub Searches>")
 PHRASES = (
     NODE, *NODES, *GENERATED, *FIRST_GENERATED.values(), *START, *FAILED, *REACHED, STATE, NO_OPERATIONS, OPERATIONS,
-    OPERATION, END_OPERATIONS, MADE_BY, PATH, GOAL_REACHED, NOTHING_FOUND,
+    OPERATION, END_OPERATIONS, MADE_BY, PATH, GOAL_REACHED, NOTHING_FOUND, *PARTS,
 )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from apr_jax.tasks.countdown_features import initial_embedding
 from apr_jax.tasks.countdown_format import FORMATS, extract_answer, render_blocks, render_sequential
 from apr_jax.tasks.countdown_parse import parse_trace, search_error, structure_error, well_formed
 from apr_jax.tasks.countdown_renderings import RENDERINGS, prompt_of
-from apr_jax.tasks.countdown_search import ReasoningTree, search
+from apr_jax.tasks.countdown_search import BLOCK_SIZE, MAX_LINES, ReasoningTree, search
 from apr_jax.tasks.countdown_task import TASKS
 from apr_jax.tasks.countdown_tokenizer import build_sentencepiece_model
 from apr_jax.tasks.countdown_vocabulary import (
@@ -223,6 +223,21 @@ def test_tokenizer_gives_one_token_a_piece(tmp_path):
     for grammar in (GRAMMARS[name] for name in FORMATS):
         for tag in (*grammar.block, grammar.trigger, grammar.closer, MARKER):
             assert tokenizer.token_id(tag) == ids[tag]
+
+
+def test_any_search_of_any_node_can_be_called_and_told_of(tmp_path):
+    """A call that is dropped leaves a search whose number is not its node's."""
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(build_sentencepiece_model())
+    tokenizer = SentencePieceTokenizer(path)
+    for i in range(BLOCK_SIZE):
+        for node in range(MAX_LINES):
+            for line in ("Start Sub Search {} at level 1> Moving to Node #0,{}",
+                         "No Solution in Sub Search {} at level 1 at Node #0,{}>",
+                         "Goal Reached in Sub Search {} at level 1 at Node #0,{}>"):  # fmt: skip
+                text = "\n<" + line.format(i, node)
+                ids = tokenizer.encode(text, continuation=True)
+                assert tokenizer.decode(ids) == text and len(ids) == (1 if node % BLOCK_SIZE == i else 2)
 
 
 @settings(max_examples=30, deadline=None)
