@@ -25,6 +25,7 @@ def get_config() -> config_dict.ConfigDict:
         off_share=0.15,
         other_share=0.06,
         drill_share=0.3,
+        node_share=0.5,
         num_drilled=20_000,
     )
     # rows a step of each length, about 5,500 tokens; the longest fill every second step

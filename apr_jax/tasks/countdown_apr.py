@@ -41,15 +41,16 @@ from apr_jax.tasks.countdown_vocabulary import (
     FAILED,
     FIRST_GENERATED,
     GENERATED,
-    GOAL_REACHED,
+    GOALS,
     LISTED,
     MADE_BY,
+    MAX_TARGET,
     NO_OPERATIONS,
     NODE,
     NODES,
     NOTHING_FOUND,
     OPERATIONS,
-    PATH,
+    PATHS,
     REACHED,
     RESULTS,
     START,
@@ -62,7 +63,15 @@ CALLING, END_CALLING, RETURNED, END_RETURNED = CALLS
 
 
 def root_prompt(problem: Problem) -> str:
-    return "".join([NODE, *_state(problem.target, problem.numbers), NO_OPERATIONS])
+    """The root's prompt. Raises ValueError: a target that has no piece of its own."""
+    return "".join(root_pieces(problem))
+
+
+def root_pieces(problem: Problem) -> list[str]:
+    """The pieces of `root_prompt`."""
+    if problem.target > MAX_TARGET:
+        raise ValueError(f"target is {problem.target}, must be <= {MAX_TARGET} in APR's text")
+    return [NODE, *_state(problem.target, problem.numbers), NO_OPERATIONS]
 
 
 def _state(target: int, numbers: tuple[int, ...]) -> list[str]:
@@ -90,11 +99,16 @@ def _path(index: int, line: Line) -> list[str]:
     for i, e in enumerate(line.solution):
         pieces = _equation(e)
         equations += [LISTED[e.left], *pieces[1:]] if i else pieces
-    return [NODES[index], PATH, *equations, "\n", *_goal(line.target)]
+    return [PATHS[index], *equations, GOALS[line.target]]
 
 
-def _goal(target: int) -> list[str]:
-    return [BARE_NUMBERS[target], ",", BARE_NUMBERS[target], GOAL_REACHED]
+def node_pieces(lines: tuple[Line, ...], first: int) -> list[str]:
+    """The nodes of a block of lines, numbered from `first` on."""
+    pieces = []
+    for i, line in enumerate(lines, first):
+        generated = FIRST_GENERATED[i] if i and i == first else GENERATED[i]
+        pieces += [generated, *_listed(line.target, _node_values(line)), MADE_BY, *_equation(line.steps[0])]
+    return pieces
 
 
 def _search(index: int, line: Line) -> Trace:
@@ -104,7 +118,7 @@ def _search(index: int, line: Line) -> Trace:
     if line.solution is None:
         pieces.append(NOTHING_FOUND)
     else:
-        pieces += ["\n", *_goal(line.target), "\n", *_path(index, line)]
+        pieces += [GOALS[line.target], *_path(index, line)]
     return (Span((*pieces, EOS), forced=len(prompt)),)
 
 
@@ -114,18 +128,13 @@ def render_apr(tree: ReasoningTree) -> Trace:
     Raises:
       ValueError: a target that has no piece of its own.
     """
-    target = tree.problem.target
-    if target >= len(BARE_NUMBERS):
-        raise ValueError(f"target is {target}, must be <= {len(BARE_NUMBERS) - 1} in APR's text")
-    prompt = [BOS, NODE, *_state(target, tree.problem.numbers), NO_OPERATIONS]
+    prompt = [BOS, *root_pieces(tree.problem)]
     parts: list[Span | Block] = []
     pieces, forced, first = [*prompt, *opening_pieces(tree)], len(prompt), 0
     for lines in tree.blocks if tree.opening.solution is None else ():
         pieces += [" ;"] if not parts else []
         nodes = list(enumerate(lines, first))
-        for i, line in nodes:
-            generated = FIRST_GENERATED[i] if i and i == first else GENERATED[i]
-            pieces += [generated, *_listed(target, _node_values(line)), MADE_BY, *_equation(line.steps[0])]
+        pieces += node_pieces(lines, first)
         parts.append(Span((*pieces, "\n"), forced))
         call = Span((CALLING, *(START[i] for i, _ in nodes), "\n", END_CALLING))
         searches = tuple(_search(i, line) for i, line in nodes)
@@ -135,7 +144,7 @@ def render_apr(tree: ReasoningTree) -> Trace:
             if line.solution is None:
                 pieces.append(FAILED[i])
             else:
-                pieces += [REACHED[i], "\n", *_path(i, line)]
+                pieces += [REACHED[i], *_path(i, line)]
         pieces += ["\n", END_RETURNED, "\n"]
         forced, first = len(pieces), first + len(lines)
         if any(line.solution for line in lines):

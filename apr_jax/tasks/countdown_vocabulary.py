@@ -2,7 +2,8 @@
 
 Numbers have a piece with a leading space, as the formats of this project write them. A number above 199 is two pieces,
 all but its last digit and the digit. APR's texts, whose threads name many states, have pieces for a number up to 199
-alone, in a list, as a result and as a state's target, each with the sign before or behind it, and for whole phrases.
+alone, in a list and as a result, with the sign before it, for whole phrases, and for two that hold the target, up to
+100.
 """
 
 from collections.abc import Iterable
@@ -26,8 +27,10 @@ NUMBERS = tuple(f" {n}" for n in range(MAX_VALUE + 1))
 BARE_NUMBERS = tuple(str(n) for n in range(MAX_VALUE + 1))
 LISTED = tuple(f", {n}" for n in range(MAX_VALUE + 1))
 RESULTS = tuple(f"={n}" for n in range(MAX_VALUE + 1))
-TARGETS = tuple(f"{n}:[" for n in range(MAX_VALUE + 1))
-BARE_SIGNS = ("-", "+", "*", "/", ",", "\n")
+MAX_TARGET = 100  # of APR's distribution
+TARGETS = tuple(f"{n}:[" for n in range(MAX_TARGET + 1))
+GOALS = tuple(f"\n{n},{n} equal: Goal Reached" for n in range(MAX_TARGET + 1))
+BARE_SIGNS = ("-", "+", "*", "/", "\n")
 NODE, NODES = "Moving to Node #0", tuple(f"Moving to Node #0,{i}" for i in range(MAX_LINES))
 GENERATED = tuple(f"\nGenerated Node #0,{i}: " for i in range(MAX_LINES))
 FIRST_GENERATED = {
@@ -55,19 +58,19 @@ PARTS = tuple(
 )
 STATE = "\nCurrent State: "
 NO_OPERATIONS, OPERATIONS, OPERATION, END_OPERATIONS = "], Operations: []", "], Operations: ['", "', '", "']"
-MADE_BY, PATH = "] Operation: ", "\nOperations: "
-GOAL_REACHED, NOTHING_FOUND = " equal: Goal Reached", "\nNo solution found."
+MADE_BY, NOTHING_FOUND = "] Operation: ", "\nNo solution found."
+PATHS = tuple(f"\n{node}\nOperations: " for node in NODES)
 CALLS = ("<Calling Sub Searches>", "<End Calling Sub Searches>", "<Sub Searches>", "<End Sub Searches>")
 PHRASES = (
     NODE, *NODES, *GENERATED, *FIRST_GENERATED.values(), *START, *FAILED, *REACHED, STATE, NO_OPERATIONS, OPERATIONS,
-    OPERATION, END_OPERATIONS, MADE_BY, PATH, GOAL_REACHED, NOTHING_FOUND, *PARTS,
+    OPERATION, END_OPERATIONS, MADE_BY, NOTHING_FOUND, *PATHS, *PARTS,
 )  # fmt: skip
 
 
 def vocabulary() -> tuple[str, ...]:
     """All pieces in the order of their ids."""
     marks = (*CONTROLS, *MODES.values(), *TAGS, *CALLS, *LABELS, *SIGNS)
-    return (*marks, *NUMBERS, *BARE_NUMBERS, *LISTED, *RESULTS, *TARGETS, *BARE_SIGNS, *PHRASES)
+    return (*marks, *NUMBERS, *BARE_NUMBERS, *LISTED, *RESULTS, *TARGETS, *GOALS, *BARE_SIGNS, *PHRASES)
 
 
 def number_pieces(value: int | None) -> list[str]:

@@ -11,7 +11,7 @@ from apr_jax.tasks.countdown_renderings import RENDERINGS
 from apr_jax.tasks.countdown_search import search
 from apr_jax.tasks.countdown_sets import held_out_problems
 from apr_jax.tasks.countdown_vocabulary import PAD, vocabulary
-from apr_jax.train.countdown_drills import draw_drill
+from apr_jax.train.countdown_drills import draw_nodes, draw_rounds
 from apr_jax.train.packing import Row, flatten
 
 PIECE_IDS = {piece: i for i, piece in enumerate(vocabulary())}
@@ -24,14 +24,15 @@ class CountdownSamples:
 
     Attributes:
       seed: of the training problems and of the choices below.
-      max_len: traces with a longer row are left out.
+      max_len: traces and drills with a longer row are left out.
       keep_easy: share kept of the problems that the opening solves (nearly half of all, and short).
       shares: how often each rendering is chosen, in the order of RENDERINGS; need not sum to 1.
       conclusion_share: of the stitched ones, those joined by conclusion; first_share: those joined where the first
         branch solves.
       off_share: of those with blocks, those that write some or all as lines, as a thread does that may not fork.
       other_share: of problems with 3 or 5 numbers, as many of each; the others have 4.
-      drill_share: of the first `num_drilled` samples, those that are drills instead (see `countdown_drills`).
+      drill_share: of the first `num_drilled` samples, those that are drills instead (see `countdown_drills`);
+        node_share: of the drills, those of nodes.
     """
 
     seed: int = 0
@@ -44,6 +45,7 @@ class CountdownSamples:
     other_share: float = 0.0
     drill_share: float = 0.0
     num_drilled: int = 0
+    node_share: float = 0.0
 
     def __post_init__(self):
         if len(self.shares) != len(RENDERINGS) or min(self.shares) < 0 or sum(self.shares) <= 0:
@@ -52,9 +54,10 @@ class CountdownSamples:
     def __call__(self, index: int) -> list[Row]:
         """The rows of sample number `index`; none if it is left out."""
         rng = np.random.default_rng((self.seed, index, 1))
-        drill, size, keep, join_draw, off = rng.random(5)
-        if index < self.num_drilled and drill < self.drill_share:
-            return flatten(draw_drill(rng), PIECE_IDS.__getitem__)
+        drilled, size, keep, join_draw, off = rng.random(5)
+        if index < self.num_drilled and drilled < self.drill_share:
+            drill = draw_nodes if rng.random() < self.node_share else draw_rounds
+            return self._short_enough(flatten(drill(rng), PIECE_IDS.__getitem__))
         num_numbers = 4 if size >= self.other_share else 3 if size < self.other_share / 2 else 5
         problem = draw_problem(self.seed, index, ProblemConfig(num_numbers=num_numbers), exclude=_held_out())
         tree = search(problem)
@@ -68,7 +71,9 @@ class CountdownSamples:
             trace = RENDERINGS[program](tree)
         joins = {"conclusion": self.conclusion_share, "first": self.conclusion_share + self.first_share}
         join = next((name for name, bound in joins.items() if join_draw < bound), "stitch")
-        rows = flatten(trace, PIECE_IDS.__getitem__, join)
+        return self._short_enough(flatten(trace, PIECE_IDS.__getitem__, join))
+
+    def _short_enough(self, rows: list[Row]) -> list[Row]:
         return rows if max(map(len, rows)) <= self.max_len else []
 
 

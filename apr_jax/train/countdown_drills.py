@@ -1,19 +1,36 @@
-"""Drills: rounds of the Countdown format with many matches, to teach that a value is among four others.
+"""Drills: rows of what is rare in whole traces and hard to learn.
 
-In whole traces one value in about sixty matches. A drill is a row of unrelated rounds, about half of them with a match;
-operands are given, slots and marks are learned.
+*Rounds*, about half of them with a match, teach that a value is among four others: in whole traces one in about sixty
+is. Operands are given, slots and marks are learned. *Nodes* of APR's text, of unrelated states, teach to list a node's
+numbers before the operation that makes the last of them: a tenth of what a trace says.
 """
 
 import numpy as np
 
-from apr_jax.tasks.countdown_search import MAX_VALUE, compare, quad
-from apr_jax.tasks.countdown_vocabulary import BOS, MATCH, MODES, NEAREST, numbers_pieces
+from apr_jax.tasks.countdown import Problem
+from apr_jax.tasks.countdown_apr import END_RETURNED, node_pieces, root_pieces
+from apr_jax.tasks.countdown_search import MAX_VALUE, compare, quad, search
+from apr_jax.tasks.countdown_vocabulary import BOS, MATCH, MAX_TARGET, MODES, NEAREST, numbers_pieces
 from apr_jax.tasks.trace import Span, Trace
 
 NUM_ROUNDS = 11
+NUM_STATES = 9
 
 
-def draw_drill(rng: np.random.Generator) -> Trace:
+def draw_nodes(rng: np.random.Generator) -> Trace:
+    """A row of states with the nodes of one or more blocks."""
+    spans = [Span((BOS,), forced=1)]
+    for _ in range(NUM_STATES):
+        numbers = tuple(sorted(int(n) for n in rng.integers(1, 100, 4)))
+        tree = search(Problem(numbers, int(rng.integers(10, MAX_TARGET + 1))))
+        pieces, first = [*root_pieces(tree.problem), " ;"], 0
+        for lines in tree.blocks[: int(rng.choice([1, 1, 1, 2, 3]))]:
+            spans.append(Span((*pieces, *node_pieces(lines, first), "\n"), forced=len(pieces)))
+            pieces, first = [END_RETURNED, "\n"], first + len(lines)
+    return tuple(spans)
+
+
+def draw_rounds(rng: np.random.Generator) -> Trace:
     """A row of rounds."""
     spans = [Span((BOS, MODES["sequential"], " ,"), forced=3)]
     earlier: tuple[int, int] = (1, 1)

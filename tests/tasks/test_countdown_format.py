@@ -23,6 +23,7 @@ from apr_jax.tasks.countdown_vocabulary import (
     BOS,
     EOS,
     MARKER,
+    MAX_TARGET,
     NUMBERS,
     number_pieces,
     vocabulary,
@@ -52,8 +53,8 @@ def searches_of(trace: Trace) -> list[str]:
 
 
 def renderings(tree: ReasoningTree) -> dict[str, Trace]:
-    """All that can write the problem: APR's text has no piece for numbers above 199."""
-    small = tree.problem.target < len(BARE_NUMBERS)
+    """All that can write the problem: APR's text has no piece for targets above 100."""
+    small = tree.problem.target <= MAX_TARGET
     return {name: render(tree) for name, render in RENDERINGS.items() if small or name != "apr"}
 
 
@@ -270,8 +271,8 @@ def quads_of(line) -> list:
 
 def test_large_values_are_a_number_and_a_digit():
     assert number_pieces(None) == [" ."] and number_pieces(199) == [" 199"] and number_pieces(200) == [" 20", "0"]
-    with pytest.raises(ValueError, match="target is 200, must be <= 199"):
-        RENDERINGS["apr"](search(Problem((3, 14, 78, 90), 200)))
+    with pytest.raises(ValueError, match="target is 101, must be <= 100"):
+        prompt_of(Problem((3, 14, 78, 90), 101), "apr")
 
 
 def test_wave_embeddings_are_unit_vectors_with_distinct_numbers():

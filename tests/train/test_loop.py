@@ -163,8 +163,12 @@ def test_export_replaces_an_earlier_export_alone(tmp_path):
 def test_script_survives_a_real_kill(tmp_path):
     command = [sys.executable, "scripts/train_sft.py", "--config=configs/countdown_tiny.py"]
 
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    environment = os.environ | cache
+
     def start(workdir):
-        return subprocess.Popen([*command, f"--workdir={workdir}"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        flags = [*command, f"--workdir={workdir}"]
+        return subprocess.Popen(flags, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=environment)
 
     killed = start(tmp_path / "killed")
     log = tmp_path / "killed" / "log.jsonl"

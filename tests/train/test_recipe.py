@@ -1,6 +1,7 @@
 """What the recipe adds to plain traces: drills, matching heads, a heavier loss on rare tokens, decoding."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from apr_jax.tasks.countdown_vocabulary import MATCH, number_pieces, vocabulary
 from apr_jax.tasks.trace import Span
 from apr_jax.tokenizers import SentencePieceTokenizer
 from apr_jax.train.countdown_data import PAD_ID, PIECE_IDS, CountdownSamples
-from apr_jax.train.countdown_drills import NUM_ROUNDS, draw_drill
+from apr_jax.train.countdown_drills import NUM_ROUNDS, NUM_STATES, draw_nodes, draw_rounds
 from apr_jax.train.decoded import decoded
 from apr_jax.train.initialization import take_over, tie_matching_heads
 from apr_jax.train.packing import flatten, pack, stack
@@ -33,7 +34,7 @@ CONFIG = ModelConfig(
 def test_drills_hold_right_quads_and_marks():
     matches, rounds = 0, 0
     for seed in range(30):
-        pieces = [p for span in draw_drill(np.random.default_rng(seed)) if isinstance(span, Span) for p in span.pieces]
+        pieces = [p for span in draw_rounds(np.random.default_rng(seed)) if isinstance(span, Span) for p in span.pieces]
         body = "".join(pieces[3:])
         for text in body.removesuffix(" ,").split(" ,"):
             made, needed = text.split(" |")
@@ -52,8 +53,30 @@ def test_drills_hold_right_quads_and_marks():
     assert rounds == 30 * NUM_ROUNDS and 0.4 < matches / rounds < 0.65
 
 
+def test_drills_hold_the_nodes_of_apr_and_only_what_is_given_is_free():
+    for seed in range(20):
+        spans = [span for span in draw_nodes(np.random.default_rng(seed)) if isinstance(span, Span)]
+        text, learned = "", ""
+        for span in spans:
+            text += "".join(span.pieces)
+            learned += "".join(span.pieces[span.forced :])
+        states = text.split("Moving to Node #0")[1:]
+        assert len(states) == NUM_STATES
+        for state in states:
+            target, listed = re.findall(r"Current State: (\d+):\[([\d, ]+)\]", state)[0]
+            given = sorted(map(int, listed.split(",")))
+            nodes = re.findall(r"Node #0,(\d+): (\d+):\[([\d, ]+)\] Operation: (\d+)([-+*/])(\d+)=(\d+)\n", state)
+            assert [int(node[0]) for node in nodes] == list(range(len(nodes))) and len(nodes) >= 5
+            assert len({node[2:] for node in nodes}) == len(nodes)
+            for _, goal, left, x, operator, y, value in nodes:
+                *kept, made = map(int, left.split(","))
+                assert goal == target and made == int(value) == eval(f"{x}{operator}{y}")
+                assert sorted([*kept, int(x), int(y)]) == given
+        assert "Current State" not in learned and learned.count("Operation: ") == text.count("Operation: ")
+
+
 def test_drills_give_operands_and_teach_the_rest():
-    (row,) = flatten(draw_drill(np.random.default_rng(0)), PIECE_IDS.__getitem__)
+    (row,) = flatten(draw_rounds(np.random.default_rng(0)), PIECE_IDS.__getitem__)
     learned = row.tokens[1:][row.loss[:-1] > 0]
     assert PIECE_IDS[MATCH] in learned and PIECE_IDS[" ="] not in learned
     assert PIECE_IDS[" |"] in learned and PIECE_IDS[" ~"] in learned
@@ -82,7 +105,7 @@ def test_matching_heads_start_from_their_keys():
 
 def test_weights_change_the_gradient_and_not_the_reported_loss():
     graphdef, params = nnx.split(Decoder(CONFIG, rngs=nnx.Rngs(0)))
-    (row,) = flatten(draw_drill(np.random.default_rng(1)), PIECE_IDS.__getitem__)
+    (row,) = flatten(draw_rounds(np.random.default_rng(1)), PIECE_IDS.__getitem__)
     batch = {256: stack(pack([row], [256], PAD_ID)[256])}
 
     def gradient(weights):
