@@ -5,7 +5,6 @@ Letters: R rows, S slots, T tokens of a prefill chunk. Nothing is allocated but 
 
 import dataclasses
 import functools
-import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,8 +27,6 @@ from apr_jax.engine.runner import jit_decode, jit_prefill
 from apr_jax.engine.steps import Steps, pack_decode
 from apr_jax.models.params import build_decoder, param_shapes
 from apr_jax.models.sharding import TENSOR, check_divisible, make_mesh, param_sharding
-
-logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -166,9 +163,8 @@ def make_workload(
     check(num_pages >= needed, f"num_pages is {num_pages}, the contexts need {needed}")
     cache = CacheConfig(page_size=page_size, num_pages=num_pages, prefix_cache=False)
     kv_dtype = jnp.dtype(engine.kv_dtype or engine.dtype)
-    kernels = Kernels(
-        _backend(target, engine.attention, kv_dtype, page_size, model.head_dim), make_mesh(engine.tensor, devices)
-    )
+    backend = _backend(target, engine.attention, kv_dtype, page_size, model.head_dim)
+    kernels = Kernels(backend, make_mesh(engine.tensor, devices), cores=target.kernels.cores)
     place = _Place(kernels.mesh, devices[0])
     shapes = param_shapes(model, jnp.dtype(engine.dtype))
     placed = {name: place.param(name, shape) for name, shape in shapes.items()}
@@ -257,15 +253,12 @@ def _contexts(
 
 
 def _backend(target: AotTarget, attention: str, kv_dtype: jnp.dtype, page_size: int, head_dim: int) -> str:
-    """As the engine chooses, for a device that is not there."""
+    """As the engine chooses, for a device that is not there. Where the engine would fall back to the reference, this
+    raises ValueError: who compiles for a device asks for its kernels.
+    """
     if attention == "reference":
         return REFERENCE
-    try:
-        return choose_backend(target.kernels, kv_dtype, page_size, head_dim)
-    except ValueError as error:
-        check(attention == "auto", f"attention=pallas: {error}")
-        logger.warning("%s: the reference it is", error)
-        return REFERENCE
+    return choose_backend(target.kernels, kv_dtype, page_size, head_dim)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,11 +29,13 @@ class Kernels:
       backend: one of `apr_kernels.backends.BACKENDS`.
       mesh: heads are split over its one axis; None: one device.
       interpret: runs Pallas kernels without their hardware.
+      cores: of a TPU that share a kernel's grid; None: as many as the device at hand has.
     """
 
     backend: str = REFERENCE
     mesh: Mesh | None = None
     interpret: bool = False
+    cores: int | None = None
 
 
 def make_attend(
@@ -63,7 +65,9 @@ def make_attend(
         kv_pages = dataclasses.replace(kv_pages, num_kv_heads=k.shape[2])
         options = {"backend": backend, "interpret": kernels.interpret}
         kv_pages = update_api.kv_update(kv_pages, k, v, plan, tail_len, num_queries, update, **options)
-        o, _ = attention_api.paged_attention(q, kv_pages, plan, tail_len, num_queries, attention, **options)
+        o, _ = attention_api.paged_attention(
+            q, kv_pages, plan, tail_len, num_queries, attention, cores=kernels.cores, **options
+        )
         return o, dataclasses.replace(kv_pages, num_kv_heads=num_kv_heads)
 
     def all_rows(q, k, v, kv_pages, step):

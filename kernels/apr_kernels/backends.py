@@ -32,6 +32,11 @@ class Target:
     kind: str
     compute_capability: tuple[int, ...] = ()
 
+    @property
+    def cores(self) -> int:
+        """Cores of a TPU that share a kernel's grid: two on v4 and v5p."""
+        return 2 if self.kind in ("TPU v4", "TPU v5", "TPU v5p") else 1
+
 
 def target_of(device: Any) -> Target:
     """The target that a `jax.Device` is."""
@@ -66,6 +71,13 @@ def unsupported(backend: str, target: Target, kv_dtype, page_size: int, head_dim
         if reason is not None:
             return reason
     return None
+
+
+def unlisted(backend: str, kv_dtype, page_size: int, head_dim: int) -> str | None:
+    """Why a backend cannot serve these pages on any target; None where it can."""
+    return importlib.import_module("apr_kernels.paged_attention.tuning").unlisted(
+        backend, kv_dtype, page_size, head_dim
+    )
 
 
 def format_for(backend: str, head_dim: int) -> str:

@@ -44,6 +44,28 @@ def test_a_pool_fills_the_memory_beside_the_weights():
     assert pool_pages(find_target("v6e:2x2"), PRESETS["llama3_70b"], EngineConfig(dtype="bfloat16"), 16) == 0
 
 
+@pytest.mark.parametrize(
+    ("target", "kv_dtype", "message"),
+    [
+        ("a100", "float8_e4m3fn", "float8_e4m3fn needs compute capability 8.9"),
+        ("v5e:2x4", "float16", "dtype float16, must be one of bfloat16, float32, int8, float8_e4m3fn"),
+    ],
+)
+@pytest.mark.parametrize("attention", ["auto", "pallas"])
+def test_a_device_whose_kernels_do_not_serve_the_pages_is_refused(target, kv_dtype, message, attention):
+    """The engine would take the reference; who compiles for a device asks for its kernels."""
+    engine = EngineConfig(max_threads=8, attention=attention, kv_dtype=kv_dtype)
+    contexts = Contexts(threads=8, context=100, own=20)
+    with pytest.raises(ValueError, match=message):
+        make_workload(find_target(target), jax.devices(), tiny_config(head_dim=64), engine, contexts, 16, 1000)
+
+
+@pytest.mark.parametrize(("target", "cores"), [("v4:2x2x1", 2), ("v5p:2x2x1", 2), ("v5e:2x4", 1), ("tpu7x:2x2x1", 1)])
+def test_kernels_know_how_many_cores_share_their_grid(target, cores):
+    """What is compiled here, where there is no TPU, must be what the chip runs."""
+    assert find_target(target).kernels.cores == cores
+
+
 def test_bytes_to_read():
     contexts = Contexts(threads=8, context=100, own=20)
     assert contexts.unique_tokens == 80 + 8 * 20
@@ -77,7 +99,7 @@ def test_arguments_are_shapes():
         ({"context": 1000, "own": 512}, {}, "own is 512, a tail has room for 511"),
         ({}, {"num_pages": 261}, "num_pages is 261, the contexts need 262"),
         ({}, {"tensor": 3}, "tensor is 3, it must divide num_heads"),
-        ({}, {"attention": "pallas", "kv_dtype": "float64"}, "attention=pallas: no Pallas kernel"),
+        ({}, {"attention": "pallas", "kv_dtype": "float64"}, "no Pallas kernel on NVIDIA H200"),
         ({}, {"prefill_chunk": 513}, "a prefill chunk of 513 tokens, a tail has room for 512"),
     ],
 )

@@ -150,6 +150,12 @@ def test_refuses_what_does_not_fit(change, words):
         paged_attention(data.q, data.kv_pages, data.plan, data.tail_len, data.num_queries)
 
 
+def test_pages_that_a_backend_does_not_support_are_refused_unless_interpreted():
+    data = cases.build(cases.CASES[3], np.random.default_rng(8))
+    with pytest.raises(ValueError, match="backend 'gpu_triton': head_dim 16, must be one of 64, 80, 96, 128, 256"):
+        paged_attention(data.q, data.kv_pages, data.plan, data.tail_len, data.num_queries, backend="gpu_triton")
+
+
 def test_update_refuses_what_does_not_fit():
     data = cases.build(cases.CASES[3], np.random.default_rng(9))
     with pytest.raises(ValueError, match="k has shape"):

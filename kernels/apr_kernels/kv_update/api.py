@@ -3,13 +3,19 @@
 import jax
 import jax.numpy as jnp
 
-from apr_kernels.backends import REFERENCE, format_for, implementation
+from apr_kernels.backends import REFERENCE, format_for, implementation, unlisted
 from apr_kernels.kv_pages import KVPages
 from apr_kernels.plan import Plan, check_shapes
 
 
-def check_call(kv_pages: KVPages, plan: Plan, tail_len, num_queries, num_rows: int, backend: str) -> None:
-    """Checks the static shapes both entries share. Raises ValueError with what was found and expected."""
+def check_call(
+    kv_pages: KVPages, plan: Plan, tail_len, num_queries, num_rows: int, backend: str, interpret: bool
+) -> None:
+    """Checks what both entries share: static shapes, and, unless interpreted, pages that the backend supports.
+
+    Raises:
+      ValueError: with what was found and expected.
+    """
     check_shapes(plan)
     if num_rows != plan.num_rows:
         raise ValueError(f"{num_rows} rows given, the plan has {plan.num_rows}")
@@ -19,6 +25,9 @@ def check_call(kv_pages: KVPages, plan: Plan, tail_len, num_queries, num_rows: i
     expected = format_for(backend, kv_pages.head_dim)
     if kv_pages.format != expected:
         raise ValueError(f"pages of format {kv_pages.format!r}: backend {backend!r} needs {expected!r}")
+    reason = unlisted(backend, kv_pages.dtype, kv_pages.page_size, kv_pages.head_dim)
+    if reason is not None and not interpret:
+        raise ValueError(f"backend {backend!r}: {reason}")
 
 
 def prepare(plan: Plan, tail_len, num_queries, num_tokens: int, kv_pages: KVPages, *, backend: str = REFERENCE):
@@ -67,13 +76,13 @@ def kv_update(
       interpret: runs a Pallas kernel without its hardware.
 
     Raises:
-      ValueError: shapes or dtypes that do not fit together.
+      ValueError: shapes or dtypes that do not fit together, or pages that the backend does not support.
     """
     expected = (plan.num_rows, k.shape[1], kv_pages.num_kv_heads, kv_pages.head_dim)
     for name, array in (("k", k), ("v", v)):
         if array.ndim != 4 or array.shape != expected:
             raise ValueError(f"{name} has shape {array.shape}, must be {expected}")
-    check_call(kv_pages, plan, tail_len, num_queries, k.shape[0], backend)
+    check_call(kv_pages, plan, tail_len, num_queries, k.shape[0], backend, interpret)
     if prepared is None:
         prepared = prepare(plan, tail_len, num_queries, k.shape[1], kv_pages, backend=backend)
     with jax.named_scope("kv_update"):

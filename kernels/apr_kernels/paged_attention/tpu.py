@@ -109,12 +109,12 @@ def prepare(plan: Plan, tail_len, num_queries, page_size: int) -> Prepared:
     )
 
 
-def paged_attention(q, kv_pages: KVPages, prepared: Prepared, num_queries, *, interpret: Any = False):
+def paged_attention(q, kv_pages: KVPages, prepared: Prepared, num_queries, *, cores: int, interpret: Any = False):
     """See `apr_kernels.paged_attention.api.paged_attention`. `interpret` may be a `pltpu.InterpretParams`."""
     num_rows, num_tokens, num_heads, head_dim = q.shape
     num_kv_heads = kv_pages.num_kv_heads
     group = num_heads // num_kv_heads
-    sizes = _sizes(q, kv_pages, prepared)
+    sizes = _sizes(q, kv_pages, prepared, cores)
     size = num_rows * num_tokens * group  # M
     q_heads = q.reshape(num_rows, num_tokens, num_kv_heads, group, head_dim).transpose(2, 0, 1, 3, 4)
     q_heads = q_heads.reshape(num_kv_heads, size, head_dim).astype(sizes.dtype)
@@ -132,7 +132,7 @@ def paged_attention(q, kv_pages: KVPages, prepared: Prepared, num_queries, *, in
     return jnp.where(valid[..., None], o, 0), jnp.where(valid, lse, -jnp.inf)
 
 
-def _sizes(q, kv_pages: KVPages, prepared: Prepared) -> Sizes:
+def _sizes(q, kv_pages: KVPages, prepared: Prepared, cores: int) -> Sizes:
     num_rows, num_tokens, num_heads, head_dim = q.shape
     num_kv_heads, width = kv_pages.num_kv_heads, kv_pages.k.shape[-1]
     group = num_heads // num_kv_heads
@@ -148,7 +148,7 @@ def _sizes(q, kv_pages: KVPages, prepared: Prepared) -> Sizes:
         kv_pages.page_size,
         token_bytes=arrays * width * kv_pages.dtype.itemsize,
         query_bytes=2 * width * (dtype.itemsize + q.dtype.itemsize) + 4 * (width + 2 * LANES),
-        cores=_cores(),
+        cores=cores,
     )
     return Sizes(
         heads=blocks.heads,
@@ -166,11 +166,6 @@ def _sizes(q, kv_pages: KVPages, prepared: Prepared) -> Sizes:
         has_values=kv_pages.v is not None,
         has_scales=kv_pages.k_scale is not None,
     )
-
-
-def _cores() -> int:
-    """Cores that share a grid: two on v4 and v5p."""
-    return pltpu.get_tpu_info().num_cores if jax.default_backend() == "tpu" else 1
 
 
 def _ranges(prepared: Prepared, sizes: Sizes, num_windows: int):

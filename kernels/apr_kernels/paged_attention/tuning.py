@@ -22,6 +22,17 @@ SUPPORTED: dict[str, tuple[tuple[str, ...], tuple[int, ...], tuple[int, ...]]] =
 
 def unsupported(backend: str, target: Target, kv_dtype, page_size: int, head_dim: int) -> str | None:
     """Why a backend cannot attend to these pages on a target; None where it can."""
+    reason = unlisted(backend, kv_dtype, page_size, head_dim)
+    if reason is not None:
+        return reason
+    is_float8 = jnp.dtype(kv_dtype).name == "float8_e4m3fn"
+    if is_float8 and target.platform == "cuda" and target.compute_capability < (8, 9):
+        return "float8_e4m3fn needs compute capability 8.9"
+    return _unknown_card(target.kind) if backend == GPU_TRITON else None
+
+
+def unlisted(backend: str, kv_dtype, page_size: int, head_dim: int) -> str | None:
+    """Why a backend cannot attend to these pages on any target; None where it can."""
     if backend == REFERENCE:
         return None
     dtypes, page_sizes, head_dims = SUPPORTED[backend]
@@ -33,9 +44,7 @@ def unsupported(backend: str, target: Target, kv_dtype, page_size: int, head_dim
     ):
         if value not in known:
             return f"{what} {value}, must be one of {', '.join(map(str, known))}"
-    if name == "float8_e4m3fn" and target.platform == "cuda" and target.compute_capability < (8, 9):
-        return "float8_e4m3fn needs compute capability 8.9"
-    return _unknown_card(target.kind) if backend == GPU_TRITON else None
+    return None
 
 
 def _unknown_card(kind: str) -> str | None:
