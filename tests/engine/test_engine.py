@@ -207,7 +207,8 @@ def test_one_round_trip_a_dispatch(engine):
 @pytest.mark.slow
 def test_after_warm_up_nothing_compiles(caplog):
     config = dataclasses.replace(CONFIG, max_threads=2, prefill_rows=1)
-    engine = EngineCore(MODEL, tiny_decoder(MODEL), byte_tokenizer(), cache_config=CACHE, engine_config=config)
+    model = dataclasses.replace(MODEL, num_layers=1)  # there are many programs
+    engine = EngineCore(model, tiny_decoder(model), byte_tokenizer(), cache_config=CACHE, engine_config=config)
     num_programs = engine.warm_up()
     assert num_programs <= 24
     jax.config.update("jax_log_compiles", True)
