@@ -20,13 +20,10 @@ Examples:
   python scripts/benchmark_kernels.py --interpret --output_dir=out
 """
 
-import dataclasses
 import gc
-import importlib.util
 import json
 import os
 import platform
-import re
 import subprocess
 import sys
 import time
@@ -37,59 +34,40 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # FlashInfer's 
 
 import cli
 import jax
+import kernel_flags
 from absl import flags
-from apr_kernels.backends import BACKENDS, REFERENCE, Target, choose_backend, target_of, unsupported
-from decode_step import FORM, measure_step
+from apr_kernels.backends import target_of
+from decode_step import measure_step
 from json_output import check_output_path, write_json
 from kernel_baselines import absent, first_line
-from kernel_cases import SUITES, parse_case
+from kernel_cases import parse_case
+from kernel_flags import (
+    BUDGET_S,
+    INTERPRET,
+    case_names,
+    chosen_backends,
+    is_step,
+    kernel_settings,
+    query_dtype,
+    step_model,
+    target_runs,
+    timing,
+    wanted_baselines,
+)
 from kernel_flashinfer import flashinfer, start_compiling, why_absent
 from kernel_measure import compare, measure_case
-from kernel_report import BASELINES, markdown, plots
-from kernel_runs import ERROR_BOUND, CaseRun, Settings
-from kernel_timing import copy_bandwidth, matmul_rate, rotated_bytes
+from kernel_report import markdown, plots
+from kernel_runs import CaseRun, Settings
+from kernel_timing import copy_bandwidth, matmul_rate
 
-from apr_jax.config import check
-from apr_jax.models.presets import PRESETS
-from apr_jax.testing import tiny_config
-
-DTYPES = tuple(ERROR_BOUND)
-KV_DTYPES = ("bfloat16", "float32", "int8", "float8_e4m3fn")
-
-_SUITE = flags.DEFINE_enum("suite", None, sorted(SUITES), "Cases to run. By default cpu on a CPU, otherwise h200.")
-_CASES = flags.DEFINE_list("cases", None, "Names of cases, instead of a suite.")
-_BACKEND = flags.DEFINE_enum("backend", None, BACKENDS, "Instead of the platform's.")
-_INTERPRET = flags.DEFINE_bool("interpret", False, "Check every Pallas backend in interpret mode; times nothing.")
-_BASELINES = flags.DEFINE_list(
-    "baselines", None, f"What to compare with, of {', '.join(BASELINES)}. By default all, in interpret mode none."
-)
-_DTYPE = flags.DEFINE_enum("dtype", None, DTYPES, "Of queries. By default bfloat16; on a CPU float32.")
-_KV_DTYPE = flags.DEFINE_enum("kv_dtype", None, KV_DTYPES, "Of pages. By default that of queries.")
-_PAGE_SIZE = flags.DEFINE_integer("page_size", 16, "Tokens a page.", lower_bound=1)
-_KV_HEADS = flags.DEFINE_integer("kv_heads", None, "KV heads. By default 8, in interpret mode 2.", lower_bound=1)
-_GROUP = flags.DEFINE_integer(
-    "group_size", None, "Query heads a KV head. By default 4, in interpret mode 2.", lower_bound=1
-)
-_HEAD_DIM = flags.DEFINE_integer("head_dim", 128, "Of a head.", lower_bound=1)
-_ITEM_PAGES = flags.DEFINE_integer("item_pages", 16, "Pages an item of the plan.", lower_bound=1)
-_TARGET_RUNS = flags.DEFINE_list(
-    "target_runs", None, "Runs that plans are cut into; each is tried. By default 33,132 on a GPU, else 1."
-)
-_MAX_PARTIALS = flags.DEFINE_integer("max_partials", 64, "Partial results a row, at most.", lower_bound=1)
-_MIN_SHARED = flags.DEFINE_integer("min_shared_tokens", 200, "Shorter shared runs are read privately.", lower_bound=1)
-_MODEL = flags.DEFINE_enum(
-    "model", None, ["tiny", *PRESETS], "Of step cases; its weights are random. By default qwen3_8b, interpreted tiny."
-)
-_REPEATS = flags.DEFINE_integer("repeats", None, "Of each timing. By default 5, on a CPU 3.", lower_bound=1)
-_MIN_MS = flags.DEFINE_float("min_ms", 30.0, "Device time of each repeat.", lower_bound=0.0)
-_BUDGET_S = flags.DEFINE_float("budget_s", None, "After so many seconds no further case is begun.", lower_bound=0.0)
-_SEED = flags.DEFINE_integer("seed", 0, "Of data and page ids.")
 _OUTPUT_JSON = flags.DEFINE_string("output_json", None, "Write the last line into this file as well.")
 _MARKDOWN = flags.DEFINE_string("markdown", None, "Write a Markdown table, such as docs/results/kernels_h200.md.")
 _PLOTS = flags.DEFINE_string("plots", None, "Write plots into this directory (needs matplotlib).")
 _OUTPUT_DIR = flags.DEFINE_string(
     "output_dir", None, "Write kernels.json, kernels.md and plots into this directory, after every case."
 )
+
+flags.adopt_module_key_flags(kernel_flags)
 
 TIMED_ON_CPU = (
     "On a CPU only the reference is timed, and checked against itself in float32: these numbers say nothing of the "
@@ -101,13 +79,13 @@ INTERPRETED = "Interpret mode: results were checked, nothing was timed."
 
 def main() -> None:
     started = time.monotonic()
-    if _INTERPRET.value:  # the Hopper kernel's threads wait for each other: JAX's pool of one core would never end
+    if INTERPRET.value:  # the Hopper kernel's threads wait for each other: JAX's pool of one core would never end
         os.environ.setdefault("NPROC", str(max(4, os.cpu_count() or 1)))
     device = jax.devices()[0]
     target = target_of(device)
-    names, _ = _names(target.platform), _target_runs(target.platform)
+    names, _ = case_names(target.platform), target_runs(target.platform)
     outputs = _Outputs()
-    backends = _backends(target)
+    backends = chosen_backends(target)
     benchmark = _Benchmark(device, backends, outputs, started)
     with cli.profile():
         for backend in backends:
@@ -121,79 +99,10 @@ def main() -> None:
         raise SystemExit(1)
 
 
-def _names(device_platform: str) -> tuple[str, ...]:
-    """The cases' names, each checked."""
-    check(_CASES.value is None or _SUITE.value is None, "--cases and --suite exclude each other")
-    default = "tiny" if _INTERPRET.value else "cpu" if device_platform == "cpu" else "h200"
-    names = tuple(dict.fromkeys(_CASES.value or SUITES[_SUITE.value or default]))
-    for name in names:
-        if not _is_step(name):
-            parse_case(name)
-    unknown = set(_wanted()) - set(BASELINES)
-    check(not unknown, f"--baselines has {', '.join(sorted(unknown))}, must be of {', '.join(BASELINES)}")
-    return names
-
-
-def _wanted() -> tuple[str, ...]:
-    """The baselines asked for."""
-    default = () if _INTERPRET.value else tuple(BASELINES)
-    return default if _BASELINES.value is None else tuple(_BASELINES.value)
-
-
-def _is_step(name: str) -> bool:
-    return re.fullmatch(FORM, name) is not None
-
-
-def _backends(target: Target) -> tuple[str, ...]:
-    """The one that is measured; in interpret mode all Pallas backends that exist.
-
-    Raises:
-      ValueError: there is no such module, or it cannot run on the target.
-    """
-    asked = _BACKEND.value
-    if _INTERPRET.value:
-        check(target.platform == "cpu", "--interpret is for CPUs: set JAX_PLATFORMS=cpu")
-        found = [name for name in BACKENDS if name != REFERENCE and _exists(name)]
-        check(bool(found) if asked is None else asked in found, f"no Pallas backend {asked or ''} to interpret")
-        return tuple(found) if asked is None else (asked,)
-    if asked == REFERENCE or target.platform == "cpu":
-        check(asked in (None, REFERENCE), f"--backend={asked} does not run on a CPU: add --interpret")
-        return (REFERENCE,)
-    backend = asked or choose_backend(target, _kv_dtype(False), _PAGE_SIZE.value, _HEAD_DIM.value)
-    reason = unsupported(backend, target, _kv_dtype(False), _PAGE_SIZE.value, _HEAD_DIM.value)
-    check(reason is None, f"--backend={backend}: {reason}")
-    check(_exists(backend), f"backend {backend} is not there")
-    return (backend,)
-
-
-def _exists(backend: str) -> bool:
-    return all(
-        importlib.util.find_spec(f"apr_kernels.{kernel}.{backend}") for kernel in ("paged_attention", "kv_update")
-    )
-
-
-def _dtype(on_cpu: bool) -> str:
-    return _DTYPE.value or ("float32" if on_cpu else "bfloat16")
-
-
-def _kv_dtype(on_cpu: bool) -> str:
-    return _KV_DTYPE.value or _dtype(on_cpu)
-
-
 def _paths(path: str | None, folder: Path | None, name: str) -> list[Path]:
     """The path, and the name in the folder, where they are given."""
     wanted = ([] if path is None else [path]) + ([] if folder is None else [str(folder / name)])
     return [check_output_path(each) for each in wanted]
-
-
-def _target_runs(device_platform: str) -> tuple[int, ...]:
-    asked = _TARGET_RUNS.value or (["33", "132"] if device_platform == "cuda" else ["1"])
-    check(all(each.isdecimal() and int(each) > 0 for each in asked), f"--target_runs has {asked}, must be numbers >= 1")
-    return tuple(int(each) for each in asked)
-
-
-def _repeats(on_cpu: bool) -> int:
-    return _REPEATS.value or (3 if on_cpu else 5)
 
 
 class _Outputs:
@@ -228,15 +137,16 @@ class _Benchmark:
     def __init__(self, device, backends: tuple[str, ...], outputs: _Outputs, started: float):
         self._device, self._backends, self._outputs, self._started = device, backends, outputs, started
         self._platform = target_of(device).platform
-        self._timed = not _INTERPRET.value
+        self._timed = not INTERPRET.value
         self._measured: dict[str, float] | None = None
         self._cases: list[dict[str, Any]] = []
 
     def run(self, backend: str, names: tuple[str, ...]) -> None:
         """Our kernel and JAX's on every case, then FlashInfer's, whose kernels are compiled meanwhile."""
-        settings = self._settings(backend)
+        rates = self._rates() if self._timed else (float("inf"), float("inf"))
+        settings = kernel_settings(backend, self._platform, rates)
         compiling = None
-        wants_flashinfer = self._timed and "flashinfer" in _wanted() and why_absent(self._platform) is None
+        wants_flashinfer = self._timed and "flashinfer" in wanted_baselines() and why_absent(self._platform) is None
         if wants_flashinfer:
             sizes = (settings.num_heads, settings.num_kv_heads, settings.head_dim)
             compiling = start_compiling(*sizes, settings.dtype)
@@ -265,37 +175,10 @@ class _Benchmark:
             "versions": {"python": platform.python_version(), "jax": jax.__version__},
         }
 
-    def _settings(self, backend: str) -> Settings:
-        on_cpu, interpret = self._platform == "cpu", not self._timed
-        on_cpu = on_cpu and not interpret  # interpreted kernels take what they take on their hardware
-        dtype, kv_dtype = _dtype(on_cpu), _kv_dtype(on_cpu)
-        num_kv_heads = _KV_HEADS.value or (2 if interpret else 8)
-        rates = (float("inf"), float("inf")) if interpret else self._rates(dtype)
-        return Settings(
-            page_size=_PAGE_SIZE.value,
-            num_heads=num_kv_heads * (_GROUP.value or (2 if interpret else 4)),
-            num_kv_heads=num_kv_heads,
-            head_dim=_HEAD_DIM.value,
-            dtype=dtype,
-            kv_dtype=kv_dtype,
-            item_pages=_ITEM_PAGES.value,
-            max_partials=_MAX_PARTIALS.value,
-            min_shared_tokens=16 if interpret else _MIN_SHARED.value,  # or the small contexts share nothing
-            target_runs=_target_runs(self._platform),
-            repeats=_repeats(on_cpu),
-            min_s=1e-3 * _MIN_MS.value,
-            seed=_SEED.value,
-            backend=backend,
-            interpret=interpret,
-            rotate_bytes=1 if interpret else rotated_bytes(self._device),
-            copy_bytes_per_s=rates[0],
-            flops_per_s=rates[1],
-        )
-
-    def _rates(self, dtype: str) -> tuple[float, float]:
+    def _rates(self) -> tuple[float, float]:
         """Bytes and operations a second: the best of two sizes each, on a CPU of one."""
         on_cpu = self._platform == "cpu"
-        options = {"repeats": _repeats(on_cpu), "min_s": 1e-3 * _MIN_MS.value}
+        dtype, options = query_dtype(on_cpu), timing(on_cpu)
         copy = max(copy_bandwidth(size << 20, **options) for size in ((128,) if on_cpu else (1024, 4096)))
         rate = max(matmul_rate(size, dtype, **options) for size in ((512,) if on_cpu else (4096, 8192)))
         self._measured = {"copy_gb_per_s": 1e-9 * copy, "matmul_tflops": 1e-12 * rate}
@@ -304,7 +187,7 @@ class _Benchmark:
 
     def _seconds_left(self, share: float = 1.0) -> float:
         """Of a share of the budget."""
-        budget = float("inf") if _BUDGET_S.value is None else share * _BUDGET_S.value
+        budget = float("inf") if BUDGET_S.value is None else share * BUDGET_S.value
         return budget - (time.monotonic() - self._started)
 
     def _wait_for(self, compiling: subprocess.Popen) -> None:
@@ -317,14 +200,18 @@ class _Benchmark:
 
     def _guarded(self, name: str, settings: Settings, share: float) -> dict[str, Any]:
         """A case's result; an error of a compiler or a kernel is one, so that the other cases are still run."""
-        kind = "step" if _is_step(name) else parse_case(name).kind
+        kind = "step" if is_step(name) else parse_case(name).kind
         failed = {"name": name, "kind": kind, "backend": settings.backend, "us": None}
         if self._seconds_left(share) < 0:
-            return failed | {"skipped": f"--budget_s={_BUDGET_S.value:g} are over"}
+            return failed | {"skipped": f"--budget_s={BUDGET_S.value:g} are over"}
         try:
             if kind == "step":
-                return {**failed, **_step(name, settings, self._timed)}
-            return {**failed, **measure_case(parse_case(name), settings, self._platform, _wanted(), timed=self._timed)}
+                model, config, step_settings = step_model(settings)
+                return {**failed, **measure_step(name, config, model, step_settings, timed=self._timed)}
+            return {
+                **failed,
+                **measure_case(parse_case(name), settings, self._platform, wanted_baselines(), timed=self._timed),
+            }
         except Exception as error:
             return failed | {"error": first_line(error)}
         finally:
@@ -332,7 +219,7 @@ class _Benchmark:
 
     def _flashinfer(self, found: dict[str, Any], settings: Settings) -> dict[str, Any]:
         if self._seconds_left() < 0:
-            return absent(f"--budget_s={_BUDGET_S.value:g} are over")
+            return absent(f"--budget_s={BUDGET_S.value:g} are over")
         try:
             run = CaseRun(parse_case(found["name"]), settings)
             return flashinfer(run, self._platform, run.reference())
@@ -360,14 +247,6 @@ class _Benchmark:
         if case.get("parts_us"):
             words.append(", ".join(f"{name} {us:,.0f} us" for name, us in case["parts_us"].items()))
         print(" ".join([words[0], "; ".join(words[1:])]), flush=True)
-
-
-def _step(name: str, settings: Settings, timed: bool) -> dict[str, Any]:
-    tiny = tiny_config(head_dim=_HEAD_DIM.value, d_model=64)
-    model = _MODEL.value or ("qwen3_8b" if timed else "tiny")
-    config = tiny if model == "tiny" else PRESETS[model]
-    sizes = {"num_heads": config.num_heads, "num_kv_heads": config.num_kv_heads, "head_dim": config.head_dim}
-    return measure_step(name, config, model, dataclasses.replace(settings, **sizes), timed=timed)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ _NUM_PAGES = flags.DEFINE_integer(
 )  # fmt: skip
 _PREFILL_CHUNK = flags.DEFINE_integer("prefill_chunk", 256, "Tokens a row of a prefill step.")
 _ATTENTION = flags.DEFINE_enum(
-    "attention", "auto", ("auto", "reference", "pallas"), "auto: Pallas where it runs; pallas: an error where not."
+    "attention", "auto", ("auto", "reference", "pallas"), "auto, pallas: the target's kernels, or an error."
 )
 _LAYERS = flags.DEFINE_integer("layers", None, "Compile only so many layers; the bytes are those of so many.")
 _DUMP_DIR = flags.DEFINE_string("dump_dir", None, "Keep the compiler's texts (HLO, PTX) in this directory.")

@@ -17,7 +17,8 @@ from apr_kernels.kv_update import kv_update
 from apr_kernels.paged_attention import paged_attention, prepare
 from flax import nnx
 from jax import lax
-from kernel_cases import build_plan, lay_out, parse_case
+from kernel_cases import parse_case
+from kernel_layout import build_plan, lay_out
 from kernel_runs import Settings, random_pages
 from kernel_timing import time_passes
 

@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from apr_kernels.kv_pages import is_quantised
-from kernel_cases import page_table
+from kernel_layout import page_table
 from kernel_runs import CaseRun, as_us
 
 GPU_SPLITS = (1, 16)  # of a row's context, over programs

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from apr_kernels.kv_pages import is_quantised
 from kernel_baselines import SLACK, absent, first_line
-from kernel_cases import page_table
+from kernel_layout import page_table
 from kernel_runs import CaseRun
 
 WORKSPACE_BYTES = 256 << 20

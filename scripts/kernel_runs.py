@@ -15,7 +15,8 @@ from apr_kernels.kv_pages import HEAD_MAJOR, KVPages, convert_pages, is_quantise
 from apr_kernels.paged_attention import paged_attention, prepare
 from apr_kernels.plan import Plan
 from jax import lax
-from kernel_cases import KernelCase, Layout, build_plan, lay_out, on_other_pages, page_maps
+from kernel_cases import KernelCase
+from kernel_layout import Layout, build_plan, lay_out, on_other_pages, page_maps
 from kernel_timing import Timing, time_passes
 
 MAX_STORES = 36  # layers' stores that calls rotate over, as a model has; small cases have several variants in each

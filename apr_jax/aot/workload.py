@@ -258,7 +258,10 @@ def _backend(target: AotTarget, attention: str, kv_dtype: jnp.dtype, page_size: 
     """
     if attention == "reference":
         return REFERENCE
-    return choose_backend(target.kernels, kv_dtype, page_size, head_dim)
+    try:
+        return choose_backend(target.kernels, kv_dtype, page_size, head_dim)
+    except ValueError as error:
+        raise ValueError(f"attention={attention}: {error}") from None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -56,8 +56,8 @@ class CountdownSamples:
         rng = np.random.default_rng((self.seed, index, 1))
         drilled, size, keep, join_draw, off = rng.random(5)
         if index < self.num_drilled and drilled < self.drill_share:
-            drill = draw_nodes if rng.random() < self.node_share else draw_rounds
-            return self._short_enough(flatten(drill(rng), PIECE_IDS.__getitem__))
+            drill = draw_nodes(rng, _held_out()) if rng.random() < self.node_share else draw_rounds(rng)
+            return self._short_enough(flatten(drill, PIECE_IDS.__getitem__))
         num_numbers = 4 if size >= self.other_share else 3 if size < self.other_share / 2 else 5
         problem = draw_problem(self.seed, index, ProblemConfig(num_numbers=num_numbers), exclude=_held_out())
         tree = search(problem)

@@ -5,6 +5,8 @@ is. Operands are given, slots and marks are learned. *Nodes* of APR's text, of u
 numbers before the operation that makes the last of them: a tenth of what a trace says.
 """
 
+from collections.abc import Collection
+
 import numpy as np
 
 from apr_jax.tasks.countdown import Problem
@@ -17,14 +19,19 @@ NUM_ROUNDS = 11
 NUM_STATES = 9
 
 
-def draw_nodes(rng: np.random.Generator) -> Trace:
-    """A row of states with the nodes of one or more blocks."""
+def draw_nodes(rng: np.random.Generator, exclude: Collection[Problem] = ()) -> Trace:
+    """A row of states with the nodes of one or more blocks.
+
+    Args:
+      exclude: problems whose states are left out (a held-out set).
+    """
     spans = [Span((BOS,), forced=1)]
     for _ in range(NUM_STATES):
-        numbers = tuple(sorted(int(n) for n in rng.integers(1, 100, 4)))
-        tree = search(Problem(numbers, int(rng.integers(10, MAX_TARGET + 1))))
-        pieces, first = [*root_pieces(tree.problem), " ;"], 0
-        for lines in tree.blocks[: int(rng.choice([1, 1, 1, 2, 3]))]:
+        problem = Problem(tuple(int(n) for n in rng.integers(1, 100, 4)), int(rng.integers(10, MAX_TARGET + 1)))
+        if problem in exclude:
+            continue
+        pieces, first = [*root_pieces(problem), " ;"], 0
+        for lines in search(problem).blocks[: int(rng.choice([1, 1, 1, 2, 3]))]:
             spans.append(Span((*pieces, *node_pieces(lines, first), "\n"), forced=len(pieces)))
             pieces, first = [END_RETURNED, "\n"], first + len(lines)
     return tuple(spans)

@@ -8,7 +8,8 @@ import kernel_runs
 import numpy as np
 import pytest
 from command import run
-from kernel_cases import SMALL_STEP, STEP, SUITES, build_plan, lay_out, page_maps, page_table, parse_case
+from kernel_cases import SMALL_STEP, STEP, SUITES, parse_case
+from kernel_layout import build_plan, lay_out, page_maps, page_table
 from kernel_report import markdown
 from kernel_runs import NO_SHARING, CaseRun, Settings
 

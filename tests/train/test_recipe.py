@@ -11,12 +11,13 @@ from flax import nnx
 
 from apr_jax.config import ModelConfig
 from apr_jax.models.decoder import Decoder
+from apr_jax.tasks.countdown import Problem
 from apr_jax.tasks.countdown_renderings import RENDERINGS
 from apr_jax.tasks.countdown_search import quad
 from apr_jax.tasks.countdown_task import HELD_OUT_SEED, TASKS
 from apr_jax.tasks.countdown_tokenizer import build_sentencepiece_model
 from apr_jax.tasks.countdown_vocabulary import MATCH, number_pieces, vocabulary
-from apr_jax.tasks.trace import Span
+from apr_jax.tasks.trace import Span, trace_text
 from apr_jax.tokenizers import SentencePieceTokenizer
 from apr_jax.train.countdown_data import PAD_ID, PIECE_IDS, CountdownSamples
 from apr_jax.train.countdown_drills import NUM_ROUNDS, NUM_STATES, draw_nodes, draw_rounds
@@ -73,6 +74,15 @@ def test_drills_hold_the_nodes_of_apr_and_only_what_is_given_is_free():
                 assert goal == target and made == int(value) == eval(f"{x}{operator}{y}")
                 assert sorted([*kept, int(x), int(y)]) == given
         assert "Current State" not in learned and learned.count("Operation: ") == text.count("Operation: ")
+
+
+def test_drills_leave_held_out_problems_out():
+    text = trace_text(draw_nodes(np.random.default_rng(0)))
+    target, numbers = re.findall(r"Current State: (\d+):\[([\d, ]+)\]", text)[3]
+    problem = Problem(tuple(map(int, numbers.split(","))), int(target))
+    without = trace_text(draw_nodes(np.random.default_rng(0), {problem}))
+    assert f"{target}:[{numbers}], Operations: []" in text and f"{target}:[{numbers}], Operations: []" not in without
+    assert without.count("Moving to Node") >= NUM_STATES - 1
 
 
 def test_drills_give_operands_and_teach_the_rest():
