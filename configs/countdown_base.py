@@ -25,7 +25,7 @@ def get_config() -> config_dict.ConfigDict:
         off_share=0.15,
         other_share=0.06,
         drill_share=0.3,
-        node_share=0.5,
+        drill_shares=(0.4, 0.4, 0.2),  # rounds, nodes, answers
         num_drilled=20_000,
     )
     # rows a step of each length, about 5,500 tokens; the longest fill every second step

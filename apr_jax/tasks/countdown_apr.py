@@ -111,7 +111,8 @@ def node_pieces(lines: tuple[Line, ...], first: int) -> list[str]:
     return pieces
 
 
-def _search(index: int, line: Line) -> Trace:
+def search_span(index: int, line: Line) -> Span:
+    """The search of a line's node."""
     prompt = [BOS, NODES[index], *_state(line.target, _node_values(line)), OPERATIONS]
     prompt += [*_equation(line.steps[0]), END_OPERATIONS]
     pieces = [*prompt, " :", *rest_pieces(line)]
@@ -119,7 +120,15 @@ def _search(index: int, line: Line) -> Trace:
         pieces.append(NOTHING_FOUND)
     else:
         pieces += [GOALS[line.target], *_path(index, line)]
-    return (Span((*pieces, EOS), forced=len(prompt)),)
+    return Span((*pieces, EOS), forced=len(prompt))
+
+
+def returned_pieces(nodes: list[tuple[int, Line]]) -> list[str]:
+    """What a call gives back: of each node's number and line."""
+    pieces = [RETURNED]
+    for i, line in nodes:
+        pieces += [FAILED[i]] if line.solution is None else [REACHED[i], *_path(i, line)]
+    return [*pieces, "\n", END_RETURNED, "\n"]
 
 
 def render_apr(tree: ReasoningTree) -> Trace:
@@ -137,15 +146,9 @@ def render_apr(tree: ReasoningTree) -> Trace:
         pieces += node_pieces(lines, first)
         parts.append(Span((*pieces, "\n"), forced))
         call = Span((CALLING, *(START[i] for i, _ in nodes), "\n", END_CALLING))
-        searches = tuple(_search(i, line) for i, line in nodes)
+        searches = tuple((search_span(i, line),) for i, line in nodes)
         parts.append(Block(((call,),), "splice", searches))
-        pieces = [RETURNED]
-        for i, line in nodes:
-            if line.solution is None:
-                pieces.append(FAILED[i])
-            else:
-                pieces += [REACHED[i], *_path(i, line)]
-        pieces += ["\n", END_RETURNED, "\n"]
+        pieces = returned_pieces(nodes)
         forced, first = len(pieces), first + len(lines)
         if any(line.solution for line in lines):
             break

@@ -230,7 +230,7 @@ def render_blocks(tree: ReasoningTree, tags: Tags, max_forks: int | None = None)
             parts.append(Span((*pieces, *tags.trigger), forced))
             if tags.before_fork:
                 parts.append(Span(tags.before_fork, len(tags.before_fork)))
-            branches = tuple(_branch(label, line, tags) for label, line in zip(LABELS, lines, strict=False))
+            branches = tuple((branch_span(label, line, tags),) for label, line in zip(LABELS, lines, strict=False))
             parts.append(Block(branches, "prefill" if tags.join == "prefill" else "stitch", chosen=won))
             winner = NONE if won is None else LABELS[won]
             pieces, forced = [*tags.after_join, *tags.conclusion, winner, *tags.end], len(tags.after_join)
@@ -239,11 +239,12 @@ def render_blocks(tree: ReasoningTree, tags: Tags, max_forks: int | None = None)
     return (*parts, Span((*pieces, *tags.finish, *answer_pieces(tree.solution)), forced))
 
 
-def _branch(label: str, line: Line, tags: Tags) -> Trace:
+def branch_span(label: str, line: Line, tags: Tags) -> Span:
+    """A line as one branch of a block."""
     header = [*tags.header, label]
     explored = [*header, *line_pieces(line), MARKER]
     conclusion = [label, *equation_pieces(line.solution)] if line.solution else [NONE]
-    return (Span((*explored, *conclusion, tags.closer), forced=len(header), kept=len(explored)),)
+    return Span((*explored, *conclusion, tags.closer), forced=len(header), kept=len(explored))
 
 
 def extract_answer(text: str) -> str | None:

@@ -11,7 +11,7 @@ from apr_jax.tasks.countdown_renderings import RENDERINGS
 from apr_jax.tasks.countdown_search import search
 from apr_jax.tasks.countdown_sets import held_out_problems
 from apr_jax.tasks.countdown_vocabulary import PAD, vocabulary
-from apr_jax.train.countdown_drills import draw_nodes, draw_rounds
+from apr_jax.train.countdown_drills import draw_answers, draw_nodes, draw_rounds
 from apr_jax.train.packing import Row, flatten
 
 PIECE_IDS = {piece: i for i, piece in enumerate(vocabulary())}
@@ -32,7 +32,7 @@ class CountdownSamples:
       off_share: of those with blocks, those that write some or all as lines, as a thread does that may not fork.
       other_share: of problems with 3 or 5 numbers, as many of each; the others have 4.
       drill_share: of the first `num_drilled` samples, those that are drills instead (see `countdown_drills`);
-        node_share: of the drills, those of nodes.
+        drill_shares: how often they are of rounds, nodes and answers; need not sum to 1.
     """
 
     seed: int = 0
@@ -45,26 +45,30 @@ class CountdownSamples:
     other_share: float = 0.0
     drill_share: float = 0.0
     num_drilled: int = 0
-    node_share: float = 0.0
+    drill_shares: tuple[float, ...] = (1.0, 1.0, 1.0)
 
     def __post_init__(self):
-        if len(self.shares) != len(RENDERINGS) or min(self.shares) < 0 or sum(self.shares) <= 0:
-            raise ValueError(f"shares are {self.shares}, must be {len(RENDERINGS)} numbers >= 0, not all 0")
+        for name, shares, size in (("shares", self.shares, len(RENDERINGS)), ("drill_shares", self.drill_shares, 3)):
+            if len(shares) != size or min(shares) < 0 or sum(shares) <= 0:
+                raise ValueError(f"{name} are {shares}, must be {size} numbers >= 0, not all 0")
 
     def __call__(self, index: int) -> list[Row]:
         """The rows of sample number `index`; none if it is left out."""
         rng = np.random.default_rng((self.seed, index, 1))
         drilled, size, keep, join_draw, off = rng.random(5)
         if index < self.num_drilled and drilled < self.drill_share:
-            drill = draw_nodes(rng, _held_out()) if rng.random() < self.node_share else draw_rounds(rng)
-            return self._short_enough(flatten(drill, PIECE_IDS.__getitem__))
+            kind = rng.choice(3, p=_normalised(self.drill_shares))
+            if kind == 2:
+                drills = draw_answers(rng, _held_out())
+            else:
+                drills = [draw_nodes(rng, _held_out()) if kind == 1 else draw_rounds(rng)]
+            return self._short_enough([row for drill in drills for row in flatten(drill, PIECE_IDS.__getitem__)])
         num_numbers = 4 if size >= self.other_share else 3 if size < self.other_share / 2 else 5
         problem = draw_problem(self.seed, index, ProblemConfig(num_numbers=num_numbers), exclude=_held_out())
         tree = search(problem)
         if tree.opening.solution is not None and keep >= self.keep_easy:
             return []
-        shares = np.asarray(self.shares) / sum(self.shares)
-        program = list(RENDERINGS)[rng.choice(len(RENDERINGS), p=shares)]
+        program = list(RENDERINGS)[rng.choice(len(RENDERINGS), p=_normalised(self.shares))]
         if program in FORMATS and tree.blocks and off < self.off_share:
             trace = render_blocks(tree, FORMATS[program], max_forks=int(rng.integers(min(2, len(tree.blocks)))))
         else:
@@ -75,6 +79,10 @@ class CountdownSamples:
 
     def _short_enough(self, rows: list[Row]) -> list[Row]:
         return rows if max(map(len, rows)) <= self.max_len else []
+
+
+def _normalised(shares: tuple[float, ...]) -> np.ndarray:
+    return np.asarray(shares) / sum(shares)
 
 
 @functools.cache

@@ -2,21 +2,37 @@
 
 *Rounds*, about half of them with a match, teach that a value is among four others: in whole traces one in about sixty
 is. Operands are given, slots and marks are learned. *Nodes* of APR's text, of unrelated states, teach to list a node's
-numbers before the operation that makes the last of them: a tenth of what a trace says.
+numbers before the operation that makes the last of them: a tenth of what a trace says. *Answers* are what follows a
+match in every format, where several branches matched too: one of forty tokens of a trace, and most of the wrong ones.
 """
 
+import dataclasses
+import itertools
 from collections.abc import Collection
 
 import numpy as np
 
-from apr_jax.tasks.countdown import Problem
-from apr_jax.tasks.countdown_apr import END_RETURNED, node_pieces, root_pieces
-from apr_jax.tasks.countdown_search import MAX_VALUE, compare, quad, search
-from apr_jax.tasks.countdown_vocabulary import BOS, MATCH, MAX_TARGET, MODES, NEAREST, numbers_pieces
-from apr_jax.tasks.trace import Span, Trace
+from apr_jax.tasks.countdown import APR, Problem
+from apr_jax.tasks.countdown_apr import END_RETURNED, node_pieces, returned_pieces, root_pieces, search_span
+from apr_jax.tasks.countdown_format import FORMATS, answer_pieces, branch_span, line_pieces, prompt_pieces
+from apr_jax.tasks.countdown_renderings import RENDERINGS
+from apr_jax.tasks.countdown_search import (
+    BLOCK_SIZE,
+    MAX_VALUE,
+    Line,
+    ReasoningTree,
+    all_lines,
+    compare,
+    quad,
+    search,
+    steps_from,
+)
+from apr_jax.tasks.countdown_vocabulary import BOS, LABELS, MATCH, MAX_TARGET, MODES, NEAREST, numbers_pieces
+from apr_jax.tasks.trace import Block, Span, Trace
 
 NUM_ROUNDS = 11
 NUM_STATES = 9
+NUM_ANSWERS = 4
 
 
 def draw_nodes(rng: np.random.Generator, exclude: Collection[Problem] = ()) -> Trace:
@@ -79,3 +95,97 @@ def _partner(rng: np.random.Generator, pair: tuple[int, int]) -> tuple[int, int]
         targets = [target for target in targets if target <= MAX_VALUE and value in quad(target, number)]
         if targets:
             return int(targets[rng.integers(len(targets))]), number
+
+
+def draw_answers(rng: np.random.Generator, exclude: Collection[Problem] = ()) -> list[Trace]:
+    """Short traces that hold lines with a match, each followed by the answers that it leads to; only these are learned.
+
+    Args:
+      exclude: problems that are left out (a held-out set).
+    """
+    traces = []
+    while len(traces) < NUM_ANSWERS:
+        numbers = _numbers(rng)
+        in_opening = rng.random() < 0.6
+        steps = list(steps_from(numbers))
+        problem = _problem(rng, numbers, numbers if in_opening else steps[rng.integers(len(steps))][1])
+        if problem is None or problem in exclude:
+            continue
+        opening, *lines = itertools.islice(all_lines(problem, MAX_VALUE), 1 + 2 * BLOCK_SIZE)
+        if in_opening:
+            if opening.solution is not None:
+                (span,) = RENDERINGS[str(rng.choice(list(RENDERINGS)))](ReasoningTree(problem, opening, ()))
+                traces.append((_answer_only(span),))
+            continue
+        matched = [line for line in lines if line.solution is not None]
+        if not matched or (len(matched) == 1 and rng.random() < 0.7):
+            continue
+        matched = matched[: int(rng.integers(1, BLOCK_SIZE))]
+        labels = np.sort(rng.choice(BLOCK_SIZE, len(matched), replace=False)).tolist()
+        program = str(rng.choice(list(RENDERINGS)))
+        if program == "apr":
+            traces += _called(problem, matched, labels)
+        elif program == "sequential":
+            traces.append(_line(problem, matched[0]))
+        else:
+            traces.append(_branches(problem, matched, labels, program))
+    return traces
+
+
+def _numbers(rng: np.random.Generator) -> tuple[int, ...]:
+    """Four numbers, equal ones and small ones more often than a problem has them."""
+    numbers = rng.integers(APR.min_number, APR.max_number + 1, 4)
+    kind = rng.random()
+    if kind < 0.2:
+        numbers[1] = numbers[0]
+    elif kind < 0.5:
+        numbers[:2] = rng.integers(1, 13, 2)
+    return tuple(sorted(int(n) for n in numbers))
+
+
+def _problem(rng: np.random.Generator, numbers: tuple[int, ...], values: tuple[int, ...]) -> Problem | None:
+    """A problem of these numbers whose target is made of the values, every operation as likely; None: out of bounds."""
+    left: list[int | None] = list(values)
+    if len(values) == 3:
+        left = [values[i] for i in rng.permutation(3)]
+    while len(left) > 1:
+        x, y = left.pop(0), left.pop(0)
+        if x is None or y is None:
+            return None
+        left.append(quad(x, y)[rng.integers(4)])
+    (target,) = left
+    if target is None or not APR.min_target <= target <= APR.max_target:
+        return None
+    return Problem(numbers, target)
+
+
+def _answer_only(span: Span | Block) -> Span:
+    """The span with all forced but what follows its match."""
+    assert isinstance(span, Span)
+    return dataclasses.replace(span, forced=span.pieces.index(MATCH) + 1)
+
+
+def _line(problem: Problem, line: Line) -> Trace:
+    """A line that matched, of one context."""
+    pieces = [BOS, *prompt_pieces(problem, "sequential"), " ;", *line_pieces(line)]
+    return (Span((*pieces, *answer_pieces(line.solution)), forced=len(pieces)),)
+
+
+def _branches(problem: Problem, lines: list[Line], labels: list[int], mode: str) -> Trace:
+    """A block of branches that matched, and what a parent says behind it."""
+    tags = FORMATS[mode]
+    branches = tuple((_answer_only(branch_span(LABELS[i], line, tags)),) for i, line in zip(labels, lines, strict=True))
+    pieces = [*tags.after_join, *tags.conclusion, LABELS[labels[0]], *tags.end, *tags.finish]
+    return (
+        Span((BOS, *prompt_pieces(problem, mode)), forced=1 + len(prompt_pieces(problem, mode))),
+        Block(branches, "prefill" if tags.join == "prefill" else "stitch", chosen=0),
+        Span((*pieces, *answer_pieces(lines[0].solution)), forced=len(tags.after_join)),
+    )
+
+
+def _called(problem: Problem, lines: list[Line], labels: list[int]) -> list[Trace]:
+    """APR's searches that matched, and a root to which they return."""
+    nodes = list(zip(labels, lines, strict=True))
+    pieces = [BOS, *root_pieces(problem), *returned_pieces(nodes)]
+    root = Span((*pieces, *answer_pieces(lines[0].solution)), forced=len(pieces))
+    return [(root,), *((_answer_only(search_span(i, line)),) for i, line in nodes)]

@@ -1,5 +1,6 @@
 """What the recipe adds to plain traces: drills, matching heads, a heavier loss on rare tokens, decoding."""
 
+import collections
 import dataclasses
 import re
 
@@ -11,16 +12,16 @@ from flax import nnx
 
 from apr_jax.config import ModelConfig
 from apr_jax.models.decoder import Decoder
-from apr_jax.tasks.countdown import Problem
+from apr_jax.tasks.countdown import Problem, check_equations, parse_equations
 from apr_jax.tasks.countdown_renderings import RENDERINGS
 from apr_jax.tasks.countdown_search import quad
 from apr_jax.tasks.countdown_task import HELD_OUT_SEED, TASKS
 from apr_jax.tasks.countdown_tokenizer import build_sentencepiece_model
 from apr_jax.tasks.countdown_vocabulary import MATCH, number_pieces, vocabulary
-from apr_jax.tasks.trace import Span, trace_text
+from apr_jax.tasks.trace import Block, Span, trace_text
 from apr_jax.tokenizers import SentencePieceTokenizer
 from apr_jax.train.countdown_data import PAD_ID, PIECE_IDS, CountdownSamples
-from apr_jax.train.countdown_drills import NUM_ROUNDS, NUM_STATES, draw_nodes, draw_rounds
+from apr_jax.train.countdown_drills import NUM_ROUNDS, NUM_STATES, draw_answers, draw_nodes, draw_rounds
 from apr_jax.train.decoded import decoded
 from apr_jax.train.initialization import take_over, tie_matching_heads
 from apr_jax.train.packing import flatten, pack, stack
@@ -76,6 +77,27 @@ def test_drills_hold_the_nodes_of_apr_and_only_what_is_given_is_free():
         assert "Current State" not in learned and learned.count("Operation: ") == text.count("Operation: ")
 
 
+def test_drills_of_answers_learn_only_what_solves():
+    found = collections.Counter()
+    for seed in range(60):
+        problem = None
+        for trace in draw_answers(np.random.default_rng(seed)):
+            given = re.search(r"> ([\d ]+) -> (\d+)|Node #0\nCurrent State: (\d+):\[([\d, ]+)\]", trace_text(trace))
+            if given:  # a search of APR's does not say where it began: it follows its root
+                numbers, target = (given[1], given[2]) if given[1] else (given[4].replace(",", ""), given[3])
+                problem = Problem(tuple(map(int, numbers.split())), int(target))
+            spans = [span for part in trace for span in (part.branches if isinstance(part, Block) else [(part,)])]
+            for (span,) in spans:
+                learned = "".join(span.pieces[span.forced :])
+                for answer in re.findall(r"(?:=>(?:\d:)?|Operations:)((?: \d+ ?[-+*/] ?\d+ ?= ?\d+ ?,?)+)", learned):
+                    equations = parse_equations(answer)
+                    assert problem is not None and equations is not None
+                    assert check_equations(problem, equations) is None
+                    found[trace_text(trace)[5:13]] += 1
+                assert learned.count("|") == 0 and learned.count("=") < 15
+    assert len(found) >= 5 and min(found[mode] for mode in ("<sequent", "<multive", "<threadw", "Moving t")) > 20
+
+
 def test_drills_leave_held_out_problems_out():
     text = trace_text(draw_nodes(np.random.default_rng(0)))
     target, numbers = re.findall(r"Current State: (\d+):\[([\d, ]+)\]", text)[3]
@@ -94,7 +116,7 @@ def test_drills_give_operands_and_teach_the_rest():
 
 
 def test_drills_come_first_and_then_no_more():
-    samples = CountdownSamples(drill_share=1.0, num_drilled=3)
+    samples = CountdownSamples(drill_share=1.0, num_drilled=3, drill_shares=(1.0, 0.0, 0.0))
     drills = [row for i in range(3) for row in samples(i)]
     assert len(drills) == 3 and all(row.tokens[2] == PIECE_IDS[" ,"] for row in drills)
     later = [row for i in range(3, 12) for row in samples(i)]
