@@ -1,5 +1,8 @@
-"""Tests that take minutes on a CPU run only where asked for."""
+"""Tests that take minutes on a CPU run only where asked for, or with less work for its compiler."""
 
+from collections.abc import Iterator
+
+import jax
 import pytest
 
 
@@ -15,3 +18,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     left_out = [item for item in items if item.get_closest_marker("exhaustive")]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in left_out]
+
+
+@pytest.fixture
+def light_compilation() -> Iterator[None]:
+    """Compiles with few optimisations on a CPU, where it emulates a kernel: what it emulates stays the same."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", jax.default_backend() == "cpu")
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)

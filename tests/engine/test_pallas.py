@@ -35,6 +35,7 @@ def say(kernels: Kernels) -> list[list[int]]:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("light_compilation")
 @pytest.mark.parametrize("backend", ["tpu", "gpu_triton"])
 def test_what_is_said_does_not_depend_on_the_backend(backend):
     assert say(Kernels(backend, interpret=True)) == say(Kernels())
