@@ -11,10 +11,13 @@ batch with the prefix cache off: wall clock from the prompt to the last token.
 Case `hybrid_{off,on,auto}_requestsN` answers --num_problems Countdown problems for N clients at once, with forks
 forbidden, allowed, or as load allows.
 
+Case `plan_threadsN_familiesM` times what the host does before a dispatch of N threads; it needs no checkpoint.
+
 Examples:
   python scripts/benchmark.py
   python scripts/benchmark.py --cases=self_consistency_n16_prompt512,self_consistency_n16_prompt2048 --num_tokens=64
   python scripts/benchmark.py --cases=hybrid_off_requests8,hybrid_on_requests8,hybrid_auto_requests8
+  python scripts/benchmark.py --cases=plan_threads256_families16
   python scripts/benchmark.py --cases=decode_threads8_prefix512 --num_tokens=64 --repeats=5 --output_json=out.json
 """
 
@@ -37,6 +40,7 @@ from absl import flags
 from hybrid_cases import hybrid_table, run_hybrid
 from json_output import check_output_path, write_json
 from loading import load_engine
+from plan_cases import plan_table, run_plan
 from rich.console import Console
 from rich.table import Table
 
@@ -51,11 +55,13 @@ _CHECKPOINT = flags.DEFINE_string("checkpoint", "countdown", "A preset's name or
 _CASES = flags.DEFINE_list(
     "cases",
     [f"decode_threads{n}_prefix512" for n in (1, 8, 32)],
-    "Of the forms decode_threads{N}_prefix{P}, self_consistency_n{N}_prompt{P} and hybrid_{off,on,auto}_requests{N}.",
+    "Of the forms decode_threads{N}_prefix{P}, self_consistency_n{N}_prompt{P}, hybrid_{off,on,auto}_requests{N} and "
+    "plan_threads{N}_families{M}.",
 )
 _DECODE = r"decode_threads(\d+)_prefix(\d+)"
 _VOTE = r"self_consistency_n(\d+)_prompt(\d+)"
 _HYBRID = r"hybrid_(off|on|auto)_requests([1-9]\d*)"
+_PLAN = r"plan_threads(\d+)_families(\d+)"
 _NUM_PROBLEMS = flags.DEFINE_integer("num_problems", 128, "Problems of a hybrid case, at least one a client.")
 _NUM_TOKENS = flags.DEFINE_integer("num_tokens", 128, "Tokens that each thread decodes.")
 _REPEATS = flags.DEFINE_integer("repeats", 3, "Timed runs of each; medians are reported.")
@@ -71,22 +77,29 @@ def main() -> None:
     check(_NUM_PROBLEMS.value >= 1, f"--num_problems={_NUM_PROBLEMS.value}, must be >= 1")
     loops = [(found[1], int(found[2])) for name in _CASES.value if (found := re.fullmatch(_HYBRID, name))]
     votes = [_parse_case(name, _VOTE) for name in _CASES.value if re.fullmatch(_VOTE, name)]
-    cases = [_parse_case(name, _DECODE) for name in _CASES.value if not re.fullmatch(f"{_VOTE}|{_HYBRID}", name)]
+    plans = [_parse_case(name, _PLAN) for name in _CASES.value if re.fullmatch(_PLAN, name)]
+    others = f"{_VOTE}|{_HYBRID}|{_PLAN}"
+    cases = [_parse_case(name, _DECODE) for name in _CASES.value if not re.fullmatch(others, name)]
     output_path = check_output_path(_OUTPUT_JSON.value) if _OUTPUT_JSON.value else None
-    threads = [n for n, _ in cases + votes] + [EngineConfig.max_threads] * bool(loops)
-    engine = load_engine(_CHECKPOINT.value, max_threads=max(threads, default=1))
-    baseline = _load_baseline(_CHECKPOINT.value) if cases else None
-    with cli.profile():
-        results = [_run_case(engine, baseline, n, prefix) for n, prefix in cases]
-        results += [_run_vote(engine, n, prompt_len) for n, prompt_len in votes]
-        if loops:
-            engine.warm_up()
-            looped = [run_hybrid(engine, parallelism, n, max(n, _NUM_PROBLEMS.value)) for parallelism, n in loops]
-            Console().print(hybrid_table(looped))
-            results += looped
-    _show(results)
+    planned = [run_plan(n, families) for n, families in plans]
+    if planned:
+        Console().print(plan_table(planned))
+    baseline, results = None, []
+    if loops or votes or cases:
+        threads = [n for n, _ in cases + votes] + [EngineConfig.max_threads] * bool(loops)
+        engine = load_engine(_CHECKPOINT.value, max_threads=max(threads))
+        baseline = _load_baseline(_CHECKPOINT.value) if cases else None
+        with cli.profile():
+            results = [_run_case(engine, baseline, n, prefix) for n, prefix in cases]
+            results += [_run_vote(engine, n, prompt_len) for n, prompt_len in votes]
+            if loops:
+                engine.warm_up()
+                looped = [run_hybrid(engine, parallelism, n, max(n, _NUM_PROBLEMS.value)) for parallelism, n in loops]
+                Console().print(hybrid_table(looped))
+                results += looped
+        _show(results)
     summary = {
-        "cases": results,
+        "cases": [*planned, *results],
         "checkpoint": _CHECKPOINT.value,
         "num_tokens": _NUM_TOKENS.value,
         "repeats": _REPEATS.value,
@@ -105,7 +118,8 @@ def main() -> None:
 def _parse_case(name: str, pattern: str) -> tuple[int, int]:
     found = re.fullmatch(pattern, name)
     if not found:
-        like = "decode_threads8_prefix512, self_consistency_n16_prompt512 or hybrid_auto_requests8"
+        like = "decode_threads8_prefix512, self_consistency_n16_prompt512, hybrid_auto_requests8 or "
+        like += "plan_threads256_families16"
         raise ValueError(f"--cases has {name!r}, must be like {like}")
     num_threads, prefix_len = int(found[1]), int(found[2])
     check(num_threads >= 1 and prefix_len >= 1, f"--cases has {name!r}: both numbers must be >= 1")

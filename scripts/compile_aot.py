@@ -134,7 +134,7 @@ def _show(console: Console, result: dict[str, Any], steps: list[StepReport]) -> 
             counts = ", ".join(f"{count} {kind}" for kind, count in kernel.instructions.items()) or "none of note"
             console.print(
                 f"{step.name} kernel {kernel.name}: {kernel.registers} registers, {kernel.spill_bytes} bytes spilled, "
-                f"{kernel.shared_bytes:,} bytes of shared memory declared; instructions: {counts}",
+                f"{kernel.shared_bytes:,} bytes of shared memory; instructions: {counts}",
                 markup=False, highlight=False, soft_wrap=True,
             )  # fmt: skip
 

@@ -52,14 +52,15 @@ def compile_step(target: AotTarget, workload: Workload, step: Step, dump_dir: Pa
             target=target,
         )
     seconds = time.monotonic() - start
-    text = _optimised_hlo(dump_dir, f"jit_{step.name}")
+    text = _latest_text(dump_dir, f"jit_{step.name}", "after_optimizations.txt")
     program = Program(text)
     memory = compiled.memory_analysis()
     kernels = None
     if target.platform == "cuda":
         names = set(_TRITON_NAME.findall(text))
         texts = sorted(set(dump_dir.rglob("*.ptx")) - earlier)
-        kernels = find_kernels(texts, names, cuda_dir() / "bin/ptxas")
+        thunks = _latest_text(dump_dir, f"jit_{step.name}", "thunk_sequence.txt")
+        kernels = find_kernels(texts, names, cuda_dir() / "bin/ptxas", thunks)
     return StepReport(
         name=step.name,
         compiles=True,
@@ -91,11 +92,8 @@ def _as_if_on(target: AotTarget) -> contextlib.AbstractContextManager:
     return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device))
 
 
-def _optimised_hlo(dump_dir: Path, module: str) -> str:
-    found = [
-        path
-        for path in dump_dir.iterdir()
-        if f".{module}." in path.name and path.name.endswith("after_optimizations.txt")
-    ]
-    assert found, f"the compiler left no HLO of {module} in {dump_dir}"
+def _latest_text(dump_dir: Path, module: str, ending: str) -> str:
+    """What the compiler left last of a module under names that end so."""
+    found = [path for path in dump_dir.iterdir() if f".{module}." in path.name and path.name.endswith(ending)]
+    assert found, f"the compiler left no {ending} of {module} in {dump_dir}"
     return max(found, key=lambda path: path.stat().st_mtime_ns).read_text()

@@ -43,7 +43,8 @@ def set_up(target: AotTarget, dump_dir: Path) -> None:
             f"pip install --no-deps jax-cuda13-plugin=={version} jax-cuda13-pjrt=={version}",
         )
         os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
-        os.environ.update(MOSAIC_GPU_DUMP_TO=str(dump_dir), MOSAIC_GPU_DUMP_PTX="1", MOSAIC_GPU_DUMP_PTXAS="1")
+        os.environ["MOSAIC_GPU_DUMP_TO"] = str(dump_dir)
+        os.environ.update({f"MOSAIC_GPU_DUMP_{what}": "1" for what in ("PTX", "PTXAS", "HOST_LLVM")})
         flags.append(f"--xla_gpu_cuda_data_dir={cuda_dir()}")
         os.environ.setdefault("CUDA_HOME", str(cuda_dir()))
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")

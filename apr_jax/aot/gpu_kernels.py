@@ -1,4 +1,4 @@
-"""What ptxas says of the Pallas kernels in a dump: registers, spills, shared memory, and what they are made of.
+"""What ptxas and XLA say of the Pallas kernels in a dump: registers, spills, shared memory, and what they are made of.
 
 XLA compiles its own kernels (products, fusions) into the same dump; they are not looked at.
 """
@@ -22,6 +22,8 @@ _INSTRUCTIONS = {
 }
 _ENTRY = re.compile(r"\.entry\s+([\w$]+)\s*\(")
 _RESOURCES = re.compile(r"Used (\d+) registers(?:.*?(\d+) bytes smem)?")
+_LAUNCH = re.compile(r"\] ([\w$]+) grid: .* shared_memory: (\d+) bytes")
+_MOSAIC_LAUNCH = re.compile(r"@mosaic_gpu_get_function\(ptr [^,]+, ptr [^,]+, i32 (\d+)")
 _SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 
 
@@ -31,7 +33,7 @@ class GpuKernel:
 
     Attributes:
       registers: a thread. spill_bytes: stores and loads of spilled registers, a thread.
-      shared_bytes: declared in the kernel; what a launch adds at run time is not known to ptxas.
+      shared_bytes: a block; what the kernel declares and what its launch adds.
       instructions: how many of each kind of matrix and asynchronous-copy instruction its PTX holds.
     """
 
@@ -42,28 +44,39 @@ class GpuKernel:
     instructions: dict[str, int]
 
 
-def find_kernels(paths: Iterable[Path], kernel_names: Iterable[str], ptxas: Path) -> list[GpuKernel]:
+def find_kernels(paths: Iterable[Path], kernel_names: Iterable[str], ptxas: Path, thunks: str = "") -> list[GpuKernel]:
     """The Pallas kernels among PTX files, each once however many layers run it.
 
     Args:
       kernel_names: of Triton kernels; those of Mosaic GPU lie in files of their own and are all taken.
       ptxas: the assembler.
+      thunks: XLA's list of what the program launches, which says how much shared memory a launch adds; for a Mosaic
+        GPU kernel the host code beside its PTX, `.ll`, does.
 
     Raises:
       RuntimeError: ptxas refuses a kernel.
     """
     names = set(kernel_names)
-    texts: dict[str, tuple[str, str]] = {}
+    launched = {name: int(size) for name, size in _LAUNCH.findall(thunks)}
+    found: dict[str, GpuKernel] = {}
     for path in paths:
         text = path.read_text(errors="replace")
         entry = _ENTRY.search(text)
         if entry is None:
             continue
-        is_ours = not path.name.startswith("module_") or re.sub(r"_\d+$", "", entry[1]) in names or entry[1] in names
-        if is_ours:
-            body = re.sub(r"//.*", "", text).replace(entry[1], "kernel")
-            texts.setdefault(body, (entry[1], text))
-    return [_assemble(name, text, ptxas) for name, text in texts.values()]
+        name, is_mosaic = entry[1], not path.name.startswith("module_")
+        body = re.sub(r"//.*", "", text).replace(name, "kernel")
+        if body not in found and (is_mosaic or name in names or re.sub(r"_\d+$", "", name) in names):
+            kernel = _assemble(name, text, ptxas)
+            added = _mosaic_launch(path.with_suffix(".ll")) if is_mosaic else launched.get(name, 0)
+            found[body] = dataclasses.replace(kernel, shared_bytes=kernel.shared_bytes + added)
+    return list(found.values())
+
+
+def _mosaic_launch(host: Path) -> int:
+    """Bytes of shared memory that the host code of a Mosaic GPU kernel asks for."""
+    found = _MOSAIC_LAUNCH.search(host.read_text(errors="replace")) if host.exists() else None
+    return int(found[1]) if found else 0
 
 
 def parse_ptxas(name: str, report: str, ptx: str) -> GpuKernel:

@@ -82,5 +82,11 @@ def test_kernels_are_told_from_xlas(tmp_path):
     for number, name in enumerate(("paged_attention", "paged_attention_1", "gemm_fusion_dot")):
         (tmp_path / f"module_0001.jit_decode.{number}.ptx").write_text(PTX.replace("paged_attention(", f"{name}("))
     (tmp_path / "anonymous_0.ptx").write_text(PTX.replace("paged_attention(", "mosaic(").replace("mma.sync", "add"))
-    kernels = find_kernels(sorted(tmp_path.glob("*.ptx")), {"paged_attention"}, ptxas)
+    call = "call ptr @mosaic_gpu_get_function(ptr %3, ptr @anonymous_mosaic_gpu_kernel_name, i32 201816, i32 1)"
+    (tmp_path / "anonymous_0.ll").write_text(f"  %4 = {call}\n")
+    thunks = (
+        "034: kCustomKernel [prev=033] paged_attention grid: [4, 1, 1] threads: [256, 1, 1]  shared_memory: 65792 bytes"
+    )
+    kernels = find_kernels(sorted(tmp_path.glob("*.ptx")), {"paged_attention"}, ptxas, thunks)
     assert [kernel.name for kernel in kernels] == ["mosaic", "paged_attention"], "two layers' kernels are one"
+    assert [kernel.shared_bytes for kernel in kernels] == [1024 + 201816, 1024 + 65792]

@@ -20,7 +20,7 @@ from apr_kernels.paged_attention.gpu_hopper_memory import NEGATIVE
 from apr_kernels.paged_attention.gpu_hopper_windows import HIDDEN, WINDOW_FIELDS, make_windows, prepare
 from apr_kernels.paged_attention.merge import merge
 
-from tests.apr_kernels.oracle import oracle, updated
+from tests.apr_kernels.oracle import assert_as_exact_as_dense, oracle, updated
 
 SIZES = [
     (case, size) for case in cases.CASES for size in ((8, 16, 64) if case.name in ("joined", "prefill") else (16,))
@@ -50,32 +50,11 @@ def call(data: cases.CaseData):
     return kv_pages, *attend(data.q, kv_pages, *rest)
 
 
-def dense(data: cases.CaseData) -> np.ndarray:
-    """Attention without pages in bfloat16, products and softmax in float32: what the error is measured by."""
-    case = data.case
-    o = np.zeros(data.q.shape)
-    for r, row in enumerate(case.rows):
-        for t in range(row.num_queries if row.slot is not None else 0):
-            keys, values = (
-                jnp.concatenate([jnp.asarray(old), jnp.asarray(new[r, : t + 1])])
-                for old, new in zip(data.context[r], (data.k, data.v))
-            )
-            q = jnp.asarray(data.q[r, t]).reshape(case.num_kv_heads, -1, case.head_dim)
-            options = {"preferred_element_type": jnp.float32}
-            scores = jnp.einsum("kgd,nkd->kgn", q, keys, **options) * case.head_dim**-0.5
-            weights = jnp.exp(scores - scores.max(-1, keepdims=True))
-            out = jnp.einsum("kgn,nkd->kgd", weights.astype(jnp.bfloat16), values, **options)
-            out = out / weights.sum(-1, keepdims=True)
-            o[r, t] = np.asarray(out.astype(jnp.bfloat16), np.float64).reshape(o.shape[2:])
-    return o
-
-
 def check(data: cases.CaseData):
     kv_pages, o, lse = call(data)
     want_o, want_lse = oracle(data)
-    assert o.dtype == jnp.bfloat16 and lse.dtype == jnp.float32
-    error = np.abs(np.asarray(o, np.float64) - want_o).max()
-    assert error <= 2 * np.abs(dense(data) - want_o).max()
+    assert lse.dtype == jnp.float32
+    assert_as_exact_as_dense(o, data, want_o)
     np.testing.assert_allclose(np.asarray(lse, np.float64), want_lse, atol=2e-6, rtol=2e-6)
     for got, want in zip((kv_pages.k, kv_pages.v), updated(data)):
         np.testing.assert_array_equal(np.asarray(got, np.float32), want.astype(np.float32))
