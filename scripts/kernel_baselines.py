@@ -3,12 +3,15 @@
 Letters: R rows, T queries a row, H heads, K KV heads, D head dim, N pages of a store, P positions a page.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from apr_kernels.kv_pages import is_quantised
+from apr_kernels.kv_pages import KVPages, is_quantised
+from jax.experimental.pallas import tpu as pltpu
 from kernel_layout import page_table
 from kernel_runs import CaseRun, as_us
 
@@ -48,9 +51,11 @@ def jax_public(run: CaseRun, platform: str, expected, *, timed: bool = True) -> 
     if run.stores[0].k.shape[-1] != settings.head_dim or run.stores[0].v is None:
         return absent("it reads pages whose minor dimension is head_dim")
     best, failures = None, []
-    for name, tables, call in _candidates(run, platform, table):
+    interpreted = platform == "tpu" and settings.interpret
+    for name, tables, call, stores in _candidates(run, platform, table):
         try:
-            found = _measure(run, call, tables, expected, timed)
+            with pltpu.force_tpu_interpret_mode() if interpreted else contextlib.nullcontext():
+                found = _measure(run, call, tables, stores, expected, timed)
         except Exception as error:  # whatever a compiler says of a kernel that is not ours
             failures.append(f"{name}: {first_line(error)}")
             continue
@@ -59,22 +64,25 @@ def jax_public(run: CaseRun, platform: str, expected, *, timed: bool = True) -> 
     return best or absent("; ".join(failures))
 
 
-def _measure(run: CaseRun, call: Callable, tables: np.ndarray, expected, timed: bool) -> dict[str, Any]:
+def _measure(run: CaseRun, call: Callable, tables: np.ndarray, make_store, expected, timed: bool) -> dict[str, Any]:
+    stores = run.stores if make_store is None else [make_store(store) for store in run.stores]
     prepared = jnp.asarray(run.maps[:, tables])
     scaled = (run.q * run.settings.head_dim**-0.5).astype(run.q.dtype)  # these kernels do not scale
-    error, correct = run.error_of(run.once(call, prepared, scaled), expected, SLACK)
+    error, correct = run.error_of(run.once(call, prepared, scaled, stores), expected, SLACK)
     found = {"us": None, "max_error": error if np.isfinite(error) else None, "correct": correct, "reason": None}
-    return found | (as_us(run.time_calls(call, prepared)) if timed else {})
+    return found | (as_us(run.time_calls(call, prepared, stores)) if timed else {})
 
 
-def _candidates(run: CaseRun, platform: str, table: np.ndarray) -> Iterator[tuple[str, np.ndarray, Callable]]:
-    """Names, page tables of the widths they want, and `call`s of `CaseRun.time_calls`."""
+def _candidates(
+    run: CaseRun, platform: str, table: np.ndarray
+) -> Iterator[tuple[str, np.ndarray, Callable, Callable | None]]:
+    """Names, page tables of the widths they want, `call`s of `CaseRun.time_calls`, and what makes their stores."""
     if platform == "cuda":
         yield from _gpu_candidates(run, table)
-    elif run.case.num_queries == 1:
+        return
+    if run.case.num_queries == 1:
         yield from _tpu_candidates(run, table)
-    else:
-        yield "", table, _refuse("its ragged kernel wants keys and values of a page interleaved by head")
+    yield from _ragged_candidates(run, table)
 
 
 def _gpu_candidates(run: CaseRun, table: np.ndarray):
@@ -90,7 +98,7 @@ def _gpu_candidates(run: CaseRun, table: np.ndarray):
             options = {"k_splits": splits, "pages_per_compute_block": block, "interpret": run.settings.interpret}
             return paged_attention(q[:, 0], store.k, store.v, table, lengths, **options)[:, None]
 
-        yield f"pallas.ops.gpu.paged_attention, k_splits={splits}", _padded(table, splits * block), call
+        yield f"pallas.ops.gpu.paged_attention, k_splits={splits}", _padded(table, splits * block), call, None
 
 
 def _tpu_candidates(run: CaseRun, table: np.ndarray):
@@ -102,14 +110,29 @@ def _tpu_candidates(run: CaseRun, table: np.ndarray):
         def call(q, store, table, block=block):
             return paged_attention(q[:, 0], store.k, store.v, lengths, table, pages_per_compute_block=block)[:, None]
 
-        yield f"pallas.ops.tpu.paged_attention, pages_per_compute_block={block}", _padded(table, block), call
+        yield f"pallas.ops.tpu.paged_attention, pages_per_compute_block={block}", _padded(table, block), call, None
 
 
-def _refuse(reason: str) -> Callable:
-    def call(*_):
-        raise NotImplementedError(reason)
+def _ragged_candidates(run: CaseRun, table: np.ndarray):
+    """With the block sizes that it was tuned to; the interpreter does not run it."""
+    from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
 
-    return call
+    lengths, case = _lengths(run), run.case
+    starts = jnp.arange(case.num_rows + 1, dtype=jnp.int32) * case.num_queries
+    num_rows = jnp.full(1, case.num_rows, jnp.int32)
+
+    def call(q, store, table):
+        o = ragged_paged_attention(q.reshape(-1, *q.shape[2:]), store, lengths, table, starts, num_rows)
+        return o.reshape(q.shape)
+
+    yield "pallas.ops.tpu.ragged_paged_attention", table, call, _interleaved
+
+
+@jax.jit
+def _interleaved(store: KVPages) -> jax.Array:
+    """[N, P, 2K, D]: each head's keys and then its values."""
+    k, v = (x.transpose(1, 2, 0, 3) for x in (store.k, store.v))
+    return jnp.stack([k, v], 3).reshape(*k.shape[:2], -1, k.shape[-1])
 
 
 def _lengths(run: CaseRun):

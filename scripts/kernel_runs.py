@@ -128,15 +128,16 @@ class CaseRun:
             min_shared_tokens=min_shared_tokens,
         )
 
-    def time_calls(self, call, prepared) -> Timing:
+    def time_calls(self, call, prepared, stores=None) -> Timing:
         """Times `o = call(q, store, prepared)`, o being the next call's q, in turn over all stores and variants.
 
         Args:
           prepared: a pytree of arrays [V, ...]; a call gets one variant's.
+          stores: the same pages in another form, if the call wants one.
         """
-        run = self.loop(call)
+        run, stores = self.loop(call), self.stores if stores is None else stores
         return time_passes(
-            lambda q: run(q, self.stores, prepared),
+            lambda q: run(q, stores, prepared),
             self.q,
             self.num_calls,
             repeats=self.settings.repeats,
@@ -174,9 +175,9 @@ class CaseRun:
 
         return call, jax.jit(lambda maps: lax.map(prepare_one, maps))(self.maps)
 
-    def once(self, call, prepared, q=None):
+    def once(self, call, prepared, q=None, stores=None):
         """The result on the first store and variant."""
-        return jax.jit(call)(self.q if q is None else q, self.stores[0], first_of(prepared))
+        return jax.jit(call)(self.q if q is None else q, (stores or self.stores)[0], first_of(prepared))
 
     def reference(self) -> jax.Array:
         """The float32 result of the reference on the first store and variant: [R, T, H, D]."""

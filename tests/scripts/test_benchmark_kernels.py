@@ -3,11 +3,13 @@
 import itertools
 import json
 
+import kernel_baselines
 import kernel_flashinfer
 import kernel_runs
 import numpy as np
 import pytest
 from command import run
+from jax.experimental.pallas.ops.tpu import ragged_paged_attention as ragged
 from kernel_cases import SMALL_STEP, STEP, SUITES, parse_case
 from kernel_layout import build_plan, lay_out, page_maps, page_table
 from kernel_report import markdown
@@ -143,6 +145,18 @@ def test_flashinfer_is_given_what_each_row_sees(name):
         assert [sorted(row) for row in found] == [sorted(row) for row in expected], how
         names.append(how)
     assert len(names) == 3 and "Cascade" in names[0]
+
+
+@pytest.mark.parametrize("name", ["decode_readers4_prefix64_tail9", "prefill_chunk32_context64"])
+def test_jaxs_ragged_kernel_is_given_what_each_row_sees(name, monkeypatch):
+    """JAX's own reference stands in for the kernel, which needs a TPU."""
+    monkeypatch.setattr(ragged, "ragged_paged_attention", ragged.ref_ragged_paged_attention)
+    case_run = CaseRun(parse_case(name), _settings())
+    table = page_table(case_run.case, case_run.layout, PAGE_SIZE)
+    ((_, table, call, make_store),) = kernel_baselines._ragged_candidates(case_run, table)
+    scaled = case_run.q * case_run.settings.head_dim**-0.5
+    o = call(scaled, make_store(case_run.stores[0]), case_run.maps[0][table])
+    assert case_run.error_of(o, case_run.reference())[1]
 
 
 def test_our_kernel_is_checked_before_it_is_timed(monkeypatch):
