@@ -15,7 +15,7 @@ from apr_kernels.plan import DATA_FIELDS, Plan
 
 from apr_jax.cache.context import Context, Segment
 from apr_jax.cache.layout import Layout
-from apr_jax.cache.runs import Runs, expand, find_runs, row_order
+from apr_jax.cache.runs import Held, Runs, expand, find_runs
 from apr_jax.config import CacheConfig, EngineConfig
 
 
@@ -36,14 +36,12 @@ class _Last:
     Attributes:
       shape: the arguments besides the threads.
       rows: by slot, in row order.
-      arrays: of the runs' segments when their pages were looked up.
       tail_pages: the plan's, as it will be in the next one.
     """
 
     shape: tuple
     rows: dict[int, _Row]
     runs: Runs
-    arrays: list[np.ndarray]
     tail_pages: np.ndarray
     plan: Plan | None = None
 
@@ -145,7 +143,7 @@ class PlanBuilder:
             first.append(had)
             counts.append(len(tail.pages) - had)
             pages += tail.pages[had:]
-        if any(segment.page_array() is not array for segment, array in zip(last.runs.segments, last.arrays)):
+        if any(segment.page_array() is not array for segment, array in zip(last.runs.segments, last.runs.arrays)):
             return False
         if slots:
             self._add_pages(last, np.array(slots), np.array(first), np.array(counts), np.array(pages, np.int32))
@@ -173,31 +171,36 @@ class PlanBuilder:
 
     def _start(self, threads: Sequence[tuple[int, Context]], shape: tuple) -> _Last:
         num_rows, num_slots = shape[:2]
-        self._check(threads, num_rows, num_slots)
         threads = sorted(threads, key=lambda thread: thread[0])
-        threads = [threads[i] for i in row_order([context for _, context in threads])]
-        runs = find_runs([context for _, context in threads], self._page_size, self._min_shared_tokens)
-        rows, pages = {}, []
+        held = Held.of([context for _, context in threads])
+        self._check(threads, held, num_rows, num_slots)
+        order = held.row_order()
+        threads = [threads[i] for i in order]
+        runs = find_runs(held, order, self._page_size, self._min_shared_tokens)
+        rows, pages, counts = {}, [], []
         for slot, context in threads:
-            tail = context.tail
-            rows[slot] = _Row(context.segments[:], tail is not None, [] if tail is None else tail.pages[:])
-            pages += rows[slot].tail
-        counts = np.array([len(row.tail) for row in rows.values()], np.int64)
+            segments = context.segments[:]
+            has_tail = bool(segments) and not segments[-1].sealed
+            tail = segments[-1].pages[:] if has_tail else []
+            rows[slot] = _Row(segments, has_tail, tail)
+            pages += tail
+            counts.append(len(tail))
+        counts = np.array(counts, np.int64)
         which, at = expand(np.zeros_like(counts), counts)
         tail_pages = np.zeros((num_slots, self._layout.max_tail_pages), np.int32)
         tail_pages[np.array(list(rows), np.int64)[which], at] = pages
-        return _Last(shape, rows, runs, [segment.page_array() for segment in runs.segments], tail_pages)
+        return _Last(shape, rows, runs, tail_pages)
 
-    def _check(self, threads: Sequence[tuple[int, Context]], num_rows: int, num_slots: int) -> None:
+    def _check(self, threads: Sequence[tuple[int, Context]], held: Held, num_rows: int, num_slots: int) -> None:
         if len(threads) > num_rows:
             raise ValueError(f"{len(threads)} threads for {num_rows} rows")
         slots = [slot for slot, _ in threads]
         if len(set(slots)) != len(slots) or (slots and not 0 <= min(slots) <= max(slots) < num_slots):
             raise ValueError(f"slots {slots}: must be distinct and in [0, {num_slots})")
         max_tail_pages = self._layout.max_tail_pages
-        for slot, context in threads:
-            for segment in context.segments:
-                if segment.swapped:
-                    raise ValueError(f"the context of slot {slot} is in host memory")
-                if not segment.sealed and len(segment.pages) > max_tail_pages:
-                    raise ValueError(f"a tail of {len(segment.pages)} pages, at most {max_tail_pages}")
+        for segment in held.distinct:
+            if segment.swapped:
+                slot = next(slot for slot, context in threads if segment in context.segments)
+                raise ValueError(f"the context of slot {slot} is in host memory")
+            if not segment.sealed and len(segment.pages) > max_tail_pages:
+                raise ValueError(f"a tail of {len(segment.pages)} pages, at most {max_tail_pages}")

@@ -5,6 +5,7 @@ that is as long as the pages or the contexts is an array: a step has a few milli
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -21,7 +22,7 @@ class Runs:
       lo, hi: i64[N] half-open interval of the rows that read the run.
       num_pages: i64[N] pages of each run, tails left out; a private run may have none.
       pages, fills: i32[sum of num_pages] page ids and valid tokens in each, run after run.
-      segments: every sealed segment read, once.
+      segments: every sealed segment read, once. arrays: their pages.
     """
 
     num_shared: int
@@ -31,38 +32,59 @@ class Runs:
     pages: np.ndarray
     fills: np.ndarray
     segments: list[Segment]
+    arrays: list[np.ndarray]
 
 
-def row_order(contexts: Sequence[Context]) -> list[int]:
-    """The order of rows that makes the readers of a segment of a tree an interval: by the lists of segments.
+@dataclasses.dataclass(frozen=True)
+class Held:
+    """The segments of contexts in one list, row after row, so that each is looked at once.
 
-    Equal lists keep their order.
+    Attributes:
+      segments: all of them, of which `distinct` holds each once.
+      ids: i64, of `segments`. index: where in `distinct` each is.
+      ends: i64[R + 1] row r holds segments [ends[r], ends[r + 1]).
     """
-    ids = np.array([segment.id for context in contexts for segment in context.segments], ">i8").tobytes()
-    keys, start = [], 0
-    for context in contexts:  # big-endian bytes sort like the lists, faster
-        end = start + 8 * len(context.segments)
-        keys.append(ids[start:end])
-        start = end
-    return sorted(range(len(contexts)), key=keys.__getitem__)
+
+    segments: list[Segment]
+    distinct: list[Segment]
+    ids: np.ndarray
+    index: np.ndarray
+    ends: np.ndarray
+
+    @staticmethod
+    def of(contexts: Sequence[Context]) -> "Held":
+        segments = list(itertools.chain.from_iterable([context.segments for context in contexts]))
+        ids = np.array([segment.id for segment in segments], np.int64)
+        _, first, index = np.unique(ids, return_index=True, return_inverse=True)
+        ends = np.cumsum([0, *(len(context.segments) for context in contexts)])
+        return Held(segments, [segments[i] for i in first.tolist()], ids, index, ends)
+
+    def row_order(self) -> list[int]:
+        """The order of rows that makes the readers of a segment of a tree an interval: by the lists of segments.
+
+        Equal lists keep their order.
+        """
+        data, ends = self.ids.astype(">i8").tobytes(), (8 * self.ends).tolist()
+        keys = [data[start:end] for start, end in itertools.pairwise(ends)]  # big-endian bytes sort like the lists
+        return sorted(range(len(keys)), key=keys.__getitem__)
 
 
-def find_runs(contexts: Sequence[Context], page_size: int, min_shared_tokens: int) -> Runs:
-    """The runs of contexts in row order; their open tails are left out.
+def find_runs(held: Held, row_order: Sequence[int], page_size: int, min_shared_tokens: int) -> Runs:
+    """The runs of contexts in the order of their rows; their open tails are left out.
 
     All pages with the same readers form one run: the order of a context's pages does not matter to attention, as
     positions are in the keys and validity in fills. Runs of fewer than min_shared_tokens are read privately.
     """
-    held = [[s for s in context.segments if s.sealed and s.token_ids] for context in contexts]
-    segments = {segment.id: segment for row in held for segment in row}
-    lo, hi, entry_ids = _intervals(held)
-    index = {segment_id: i for i, segment_id in enumerate(segments)}
-    entry = np.array([index[segment_id] for segment_id in entry_ids.tolist()], np.int64)
-    found = list(segments.values())
+    num_rows = len(row_order)
+    rows, place = expand(held.ends[:-1][row_order], held.ends[1:][row_order])
+    index = held.index[place]
+    is_read = np.array([segment.sealed and bool(segment.token_ids) for segment in held.distinct], bool)[index]
+    lo, hi, of_interval = _intervals(index[is_read], rows[is_read])
+    used, entry = np.unique(of_interval, return_inverse=True)
+    found = [held.distinct[i] for i in used.tolist()]
     num_tokens = np.array([len(segment.token_ids) for segment in found], np.int64)
 
     # Entries with the same readers: one run, kept if it is long enough.
-    num_rows = len(contexts)
     shared = np.flatnonzero(hi - lo > 1)
     intervals, run_of = np.unique(lo[shared] * (num_rows + 1) + num_rows - hi[shared], return_inverse=True)
     run_tokens = np.bincount(run_of, weights=num_tokens[entry[shared]], minlength=len(intervals))
@@ -96,17 +118,19 @@ def find_runs(contexts: Sequence[Context], page_size: int, min_shared_tokens: in
         pages=pages,
         fills=fills,
         segments=found,
+        arrays=arrays,
     )
 
 
-def _intervals(held: Sequence[Sequence[Segment]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _intervals(ids: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The intervals of rows that read each segment, twice those that hold it twice, ordered by their first place.
 
+    Args:
+      ids, rows: of each segment that a row reads, row after row.
+
     Returns:
-      lo, hi, segment_id: i64[E].
+      lo, hi, id: i64[E].
     """
-    ids = np.array([segment.id for row in held for segment in row], np.int64)
-    rows = np.repeat(np.arange(len(held)), [len(row) for row in held])
     order = np.argsort(ids, kind="stable")  # by segment, then by row, then by place
     ids, rows = ids[order], rows[order]
     again = np.zeros(len(ids), bool)
