@@ -128,7 +128,6 @@ def _ragged_candidates(run: CaseRun, table: np.ndarray):
     yield "pallas.ops.tpu.ragged_paged_attention", table, call, _interleaved
 
 
-@jax.jit
 def _interleaved(store: KVPages) -> jax.Array:
     """[N, P, 2K, D]: each head's keys and then its values."""
     k, v = (x.transpose(1, 2, 0, 3) for x in (store.k, store.v))
