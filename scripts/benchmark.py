@@ -11,7 +11,8 @@ batch with the prefix cache off: wall clock from the prompt to the last token.
 Case `hybrid_{off,on,auto}_requestsN` answers --num_problems Countdown problems for N clients at once, with forks
 forbidden, allowed, or as load allows.
 
-Case `plan_threadsN_familiesM` times what the host does before a dispatch of N threads; it needs no checkpoint.
+Case `plan_threadsN_familiesM` times what the host does before a dispatch of N threads; it needs no checkpoint
+and takes no flag.
 
 Examples:
   python scripts/benchmark.py

@@ -132,9 +132,10 @@ def _show(console: Console, result: dict[str, Any], steps: list[StepReport]) -> 
             console.print(f"{step.name} copies {copy}", markup=False, highlight=False, soft_wrap=True)
         for kernel in step.kernels or ():
             counts = ", ".join(f"{count} {kind}" for kind, count in kernel.instructions.items()) or "none of note"
+            shared = "not reported" if kernel.shared_bytes is None else f"{kernel.shared_bytes:,} bytes"
             console.print(
                 f"{step.name} kernel {kernel.name}: {kernel.registers} registers, {kernel.spill_bytes} bytes spilled, "
-                f"{kernel.shared_bytes:,} bytes of shared memory; instructions: {counts}",
+                f"shared memory {shared}; instructions: {counts}",
                 markup=False, highlight=False, soft_wrap=True,
             )  # fmt: skip
 

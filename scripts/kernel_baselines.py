@@ -52,10 +52,10 @@ def jax_public(run: CaseRun, platform: str, expected, *, timed: bool = True) -> 
         return absent("it reads pages whose minor dimension is head_dim")
     best, failures = None, []
     interpreted = platform == "tpu" and settings.interpret
-    for name, tables, call, stores in _candidates(run, platform, table):
+    for name, tables, call, make_store in _candidates(run, platform, table):
         try:
             with pltpu.force_tpu_interpret_mode() if interpreted else contextlib.nullcontext():
-                found = _measure(run, call, tables, stores, expected, timed)
+                found = _measure(run, call, tables, make_store, expected, timed)
         except Exception as error:  # whatever a compiler says of a kernel that is not ours
             failures.append(f"{name}: {first_line(error)}")
             continue
@@ -64,7 +64,9 @@ def jax_public(run: CaseRun, platform: str, expected, *, timed: bool = True) -> 
     return best or absent("; ".join(failures))
 
 
-def _measure(run: CaseRun, call: Callable, tables: np.ndarray, make_store, expected, timed: bool) -> dict[str, Any]:
+def _measure(
+    run: CaseRun, call: Callable, tables: np.ndarray, make_store: Callable | None, expected, timed: bool
+) -> dict[str, Any]:
     stores = run.stores if make_store is None else [make_store(store) for store in run.stores]
     prepared = jnp.asarray(run.maps[:, tables])
     scaled = (run.q * run.settings.head_dim**-0.5).astype(run.q.dtype)  # these kernels do not scale
@@ -129,7 +131,7 @@ def _ragged_candidates(run: CaseRun, table: np.ndarray):
 
 
 def _interleaved(store: KVPages) -> jax.Array:
-    """[N, P, 2K, D]: each head's keys and then its values."""
+    """[N, P, 2K, D]: each head's keys and then its values. A copy: all stores' take as much memory as they do."""
     k, v = (x.transpose(1, 2, 0, 3) for x in (store.k, store.v))
     return jnp.stack([k, v], 3).reshape(*k.shape[:2], -1, k.shape[-1])
 

@@ -176,8 +176,9 @@ class CaseRun:
         return call, jax.jit(lambda maps: lax.map(prepare_one, maps))(self.maps)
 
     def once(self, call, prepared, q=None, stores=None):
-        """The result on the first store and variant."""
-        return jax.jit(call)(self.q if q is None else q, (stores or self.stores)[0], first_of(prepared))
+        """The result on the first store and variant; q and stores as in `time_calls`, if not its own."""
+        store = self.stores[0] if stores is None else stores[0]
+        return jax.jit(call)(self.q if q is None else q, store, first_of(prepared))
 
     def reference(self) -> jax.Array:
         """The float32 result of the reference on the first store and variant: [R, T, H, D]."""

@@ -33,18 +33,18 @@ class GpuKernel:
 
     Attributes:
       registers: a thread. spill_bytes: stores and loads of spilled registers, a thread.
-      shared_bytes: a block; what the kernel declares and what its launch adds.
+      shared_bytes: a block; what the kernel declares and what its launch adds. None: no launch was found.
       instructions: how many of each kind of matrix and asynchronous-copy instruction its PTX holds.
     """
 
     name: str
     registers: int
     spill_bytes: int
-    shared_bytes: int
+    shared_bytes: int | None
     instructions: dict[str, int]
 
 
-def find_kernels(paths: Iterable[Path], kernel_names: Iterable[str], ptxas: Path, thunks: str = "") -> list[GpuKernel]:
+def find_kernels(paths: Iterable[Path], kernel_names: Iterable[str], ptxas: Path, thunks: str) -> list[GpuKernel]:
     """The Pallas kernels among PTX files, each once however many layers run it.
 
     Args:
@@ -68,15 +68,16 @@ def find_kernels(paths: Iterable[Path], kernel_names: Iterable[str], ptxas: Path
         body = re.sub(r"//.*", "", text).replace(name, "kernel")
         if body not in found and (is_mosaic or name in names or re.sub(r"_\d+$", "", name) in names):
             kernel = _assemble(name, text, ptxas)
-            added = _mosaic_launch(path.with_suffix(".ll")) if is_mosaic else launched.get(name, 0)
-            found[body] = dataclasses.replace(kernel, shared_bytes=kernel.shared_bytes + added)
+            added = _mosaic_launch(path.with_suffix(".ll")) if is_mosaic else launched.get(name)
+            declared = kernel.shared_bytes or 0
+            found[body] = dataclasses.replace(kernel, shared_bytes=None if added is None else declared + added)
     return list(found.values())
 
 
-def _mosaic_launch(host: Path) -> int:
-    """Bytes of shared memory that the host code of a Mosaic GPU kernel asks for."""
+def _mosaic_launch(host: Path) -> int | None:
+    """Bytes of shared memory that the host code of a Mosaic GPU kernel asks for; None: it does not say."""
     found = _MOSAIC_LAUNCH.search(host.read_text(errors="replace")) if host.exists() else None
-    return int(found[1]) if found else 0
+    return int(found[1]) if found else None
 
 
 def parse_ptxas(name: str, report: str, ptx: str) -> GpuKernel:

@@ -40,12 +40,11 @@ class Held:
     """The segments of contexts in one list, row after row, so that each is looked at once.
 
     Attributes:
-      segments: all of them, of which `distinct` holds each once.
-      ids: i64, of `segments`. index: where in `distinct` each is.
-      ends: i64[R + 1] row r holds segments [ends[r], ends[r + 1]).
+      distinct: each segment once, in order of id.
+      ids: i64, of all segments that rows hold. index: where in `distinct` each is.
+      ends: i64[R + 1] row r holds those in [ends[r], ends[r + 1]).
     """
 
-    segments: list[Segment]
     distinct: list[Segment]
     ids: np.ndarray
     index: np.ndarray
@@ -57,7 +56,7 @@ class Held:
         ids = np.array([segment.id for segment in segments], np.int64)
         _, first, index = np.unique(ids, return_index=True, return_inverse=True)
         ends = np.cumsum([0, *(len(context.segments) for context in contexts)])
-        return Held(segments, [segments[i] for i in first.tolist()], ids, index, ends)
+        return Held([segments[i] for i in first.tolist()], ids, index, ends)
 
     def row_order(self) -> list[int]:
         """The order of rows that makes the readers of a segment of a tree an interval: by the lists of segments.
@@ -75,8 +74,8 @@ def find_runs(held: Held, row_order: Sequence[int], page_size: int, min_shared_t
     All pages with the same readers form one run: the order of a context's pages does not matter to attention, as
     positions are in the keys and validity in fills. Runs of fewer than min_shared_tokens are read privately.
     """
-    num_rows = len(row_order)
-    rows, place = expand(held.ends[:-1][row_order], held.ends[1:][row_order])
+    num_rows, at = len(row_order), np.asarray(row_order, np.int64)
+    rows, place = expand(held.ends[:-1][at], held.ends[1:][at])
     index = held.index[place]
     is_read = np.array([segment.sealed and bool(segment.token_ids) for segment in held.distinct], bool)[index]
     lo, hi, of_interval = _intervals(index[is_read], rows[is_read])
@@ -122,32 +121,32 @@ def find_runs(held: Held, row_order: Sequence[int], page_size: int, min_shared_t
     )
 
 
-def _intervals(ids: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _intervals(index: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The intervals of rows that read each segment, twice those that hold it twice, ordered by their first place.
 
     Args:
-      ids, rows: of each segment that a row reads, row after row.
+      index, rows: of each segment that a row reads, row after row.
 
     Returns:
-      lo, hi, id: i64[E].
+      lo, hi, index: i64[E].
     """
-    order = np.argsort(ids, kind="stable")  # by segment, then by row, then by place
-    ids, rows = ids[order], rows[order]
-    again = np.zeros(len(ids), bool)
-    again[1:] = (ids[1:] == ids[:-1]) & (rows[1:] == rows[:-1])
-    nth = np.zeros(len(ids), np.int64)
+    order = np.argsort(index, kind="stable")  # by segment, then by row, then by place
+    index, rows = index[order], rows[order]
+    again = np.zeros(len(index), bool)
+    again[1:] = (index[1:] == index[:-1]) & (rows[1:] == rows[:-1])
+    nth = np.zeros(len(index), np.int64)
     if again.any():
-        place = np.arange(len(ids))
+        place = np.arange(len(index))
         nth = place - np.maximum.accumulate(np.where(again, 0, place))
-        by_nth = np.lexsort((rows, nth, ids))
-        order, ids, rows, nth = order[by_nth], ids[by_nth], rows[by_nth], nth[by_nth]
-    first = np.ones(len(ids), bool)
-    first[1:] = (ids[1:] != ids[:-1]) | (nth[1:] != nth[:-1]) | (rows[1:] != rows[:-1] + 1)
+        by_nth = np.lexsort((rows, nth, index))
+        order, index, rows, nth = order[by_nth], index[by_nth], rows[by_nth], nth[by_nth]
+    first = np.ones(len(index), bool)
+    first[1:] = (index[1:] != index[:-1]) | (nth[1:] != nth[:-1]) | (rows[1:] != rows[:-1] + 1)
     starts = np.flatnonzero(first)
-    ends = np.append(starts[1:], len(ids))
+    ends = np.append(starts[1:], len(index))
     by_place = np.argsort(order[starts])
     starts, ends = starts[by_place], ends[by_place]
-    return rows[starts], rows[ends - 1] + 1, ids[starts]
+    return rows[starts], rows[ends - 1] + 1, index[starts]
 
 
 def expand(lo: np.ndarray, hi: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

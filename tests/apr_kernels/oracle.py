@@ -110,7 +110,11 @@ def _attention(q, k, v, visible, stored):
 
 
 def assert_as_exact_as_dense(o, data: cases.CaseData, want: np.ndarray) -> None:
-    """The largest error of o is at most twice that of `dense`, both against `want`, the oracle's."""
+    """The largest error of o, and its root mean square, are at most twice those of `dense`; `want` is the oracle's."""
     assert o.dtype == data.q.dtype
-    error, measure = (np.abs(np.asarray(got, np.float64) - want).max() for got in (o, dense(data)))
-    assert error <= 2 * measure, f"error {error:.3g} is {error / measure:.2f} times that of a dense reference"
+    errors = [np.abs(np.asarray(got, np.float64) - want) for got in (o, dense(data))]
+    for name, size in (("largest", np.max), ("root mean square", lambda x: np.sqrt((x**2).mean()))):
+        error, measure = map(size, errors)
+        assert error <= 2 * measure, (
+            f"the {name} error, {error:.3g}, is more than twice dense attention's {measure:.3g}"
+        )

@@ -79,11 +79,13 @@ def test_float64(name):
     case = next(case for case in cases.CASES if case.name == name)
     with jax.enable_x64(True):
         data = cases.build(case, np.random.default_rng(2), np.float64)
-        _, o, lse = call(data)
+        kv_pages, o, lse = call(data)
         want_o, want_lse = oracle(data)
         assert o.dtype == lse.dtype == jnp.float64
         np.testing.assert_allclose(o, want_o, atol=1e-13, rtol=1e-13)
         np.testing.assert_allclose(lse, want_lse, atol=1e-13, rtol=1e-13)
+        for got, want in zip((kv_pages.k, kv_pages.v), updated(data)):
+            np.testing.assert_array_equal(np.asarray(got), want)
 
 
 def test_large_scores_do_not_overflow():
