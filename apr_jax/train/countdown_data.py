@@ -62,7 +62,8 @@ class CountdownSamples:
                 drills = draw_answers(rng, _held_out())
             else:
                 drills = [draw_nodes(rng, _held_out()) if kind == 1 else draw_rounds(rng)]
-            return self._short_enough([row for drill in drills for row in flatten(drill, PIECE_IDS.__getitem__)])
+            rows = [row for drill in drills for row in flatten(drill, PIECE_IDS.__getitem__, self._join(join_draw))]
+            return self._short_enough(rows)
         num_numbers = 4 if size >= self.other_share else 3 if size < self.other_share / 2 else 5
         problem = draw_problem(self.seed, index, ProblemConfig(num_numbers=num_numbers), exclude=_held_out())
         tree = search(problem)
@@ -73,9 +74,11 @@ class CountdownSamples:
             trace = render_blocks(tree, FORMATS[program], max_forks=int(rng.integers(min(2, len(tree.blocks)))))
         else:
             trace = RENDERINGS[program](tree)
+        return self._short_enough(flatten(trace, PIECE_IDS.__getitem__, self._join(join_draw)))
+
+    def _join(self, drawn: float) -> str:
         joins = {"conclusion": self.conclusion_share, "first": self.conclusion_share + self.first_share}
-        join = next((name for name, bound in joins.items() if join_draw < bound), "stitch")
-        return self._short_enough(flatten(trace, PIECE_IDS.__getitem__, join))
+        return next((name for name, bound in joins.items() if drawn < bound), "stitch")
 
     def _short_enough(self, rows: list[Row]) -> list[Row]:
         return rows if max(map(len, rows)) <= self.max_len else []

@@ -3,30 +3,20 @@
 *Rounds*, about half of them with a match, teach that a value is among four others: in whole traces one in about sixty
 is. Operands are given, slots and marks are learned. *Nodes* of APR's text, of unrelated states, teach to list a node's
 numbers before the operation that makes the last of them: a tenth of what a trace says. *Answers* are what follows a
-match in every format, where several branches matched too: one of forty tokens of a trace, and most of the wrong ones.
+match in every format, where several branches matched too: one of forty tokens of a trace, and where most answers that
+are wrong go wrong.
 """
 
 import dataclasses
-import itertools
 from collections.abc import Collection
 
 import numpy as np
 
 from apr_jax.tasks.countdown import APR, Problem
 from apr_jax.tasks.countdown_apr import END_RETURNED, node_pieces, returned_pieces, root_pieces, search_span
-from apr_jax.tasks.countdown_format import FORMATS, answer_pieces, branch_span, line_pieces, prompt_pieces
+from apr_jax.tasks.countdown_format import FORMATS, Tags, answer_pieces, branch_span, line_pieces, prompt_pieces
 from apr_jax.tasks.countdown_renderings import RENDERINGS
-from apr_jax.tasks.countdown_search import (
-    BLOCK_SIZE,
-    MAX_VALUE,
-    Line,
-    ReasoningTree,
-    all_lines,
-    compare,
-    quad,
-    search,
-    steps_from,
-)
+from apr_jax.tasks.countdown_search import MAX_VALUE, Line, compare, quad, search, steps_from
 from apr_jax.tasks.countdown_vocabulary import BOS, LABELS, MATCH, MAX_TARGET, MODES, NEAREST, numbers_pieces
 from apr_jax.tasks.trace import Block, Span, Trace
 
@@ -98,7 +88,9 @@ def _partner(rng: np.random.Generator, pair: tuple[int, int]) -> tuple[int, int]
 
 
 def draw_answers(rng: np.random.Generator, exclude: Collection[Problem] = ()) -> list[Trace]:
-    """Short traces that hold lines with a match, each followed by the answers that it leads to; only these are learned.
+    """At least NUM_ANSWERS short traces that hold lines with a match, each followed by the answers that it leads to.
+
+    Only answers are learned. Where a block has one, its other lines are there as well.
 
     Args:
       exclude: problems that are left out (a held-out set).
@@ -106,29 +98,26 @@ def draw_answers(rng: np.random.Generator, exclude: Collection[Problem] = ()) ->
     traces = []
     while len(traces) < NUM_ANSWERS:
         numbers = _numbers(rng)
-        in_opening = rng.random() < 0.6
-        steps = list(steps_from(numbers))
-        problem = _problem(rng, numbers, numbers if in_opening else steps[rng.integers(len(steps))][1])
+        in_opening = rng.random() < 0.3
+        steps = [((), numbers)] if in_opening else list(steps_from(numbers))
+        problem = _problem(rng, numbers, steps[rng.integers(len(steps))][1])
         if problem is None or problem in exclude:
             continue
-        opening, *lines = itertools.islice(all_lines(problem, MAX_VALUE), 1 + 2 * BLOCK_SIZE)
-        if in_opening:
-            if opening.solution is not None:
-                (span,) = RENDERINGS[str(rng.choice(list(RENDERINGS)))](ReasoningTree(problem, opening, ()))
-                traces.append((_answer_only(span),))
-            continue
-        matched = [line for line in lines if line.solution is not None]
-        if not matched or (len(matched) == 1 and rng.random() < 0.7):
-            continue
-        matched = matched[: int(rng.integers(1, BLOCK_SIZE))]
-        labels = np.sort(rng.choice(BLOCK_SIZE, len(matched), replace=False)).tolist()
+        tree = search(problem)
         program = str(rng.choice(list(RENDERINGS)))
+        if in_opening != (tree.opening.solution is not None) or tree.solution is None:
+            continue
+        if in_opening:
+            (span,) = RENDERINGS[program](dataclasses.replace(tree, blocks=()))
+            traces.append((_answer_only(span),))
+            continue
+        block = next(block for block in tree.blocks if any(line.solution for line in block))
         if program == "apr":
-            traces += _called(problem, matched, labels)
+            traces += _called(problem, block)
         elif program == "sequential":
-            traces.append(_line(problem, matched[0]))
+            traces.append(_line(problem, next(line for line in block if line.solution)))
         else:
-            traces.append(_branches(problem, matched, labels, program))
+            traces.append(_branches(problem, block, FORMATS[program]))
     return traces
 
 
@@ -144,25 +133,23 @@ def _numbers(rng: np.random.Generator) -> tuple[int, ...]:
 
 
 def _problem(rng: np.random.Generator, numbers: tuple[int, ...], values: tuple[int, ...]) -> Problem | None:
-    """A problem of these numbers whose target is made of the values, every operation as likely; None: out of bounds."""
-    left: list[int | None] = list(values)
-    if len(values) == 3:
-        left = [values[i] for i in rng.permutation(3)]
+    """A problem of these numbers whose target the values make, by operations drawn of those that give a value.
+
+    None: the target is out of bounds.
+    """
+    left = [values[i] for i in rng.permutation(len(values))] if len(values) == 3 else list(values)
     while len(left) > 1:
-        x, y = left.pop(0), left.pop(0)
-        if x is None or y is None:
-            return None
-        left.append(quad(x, y)[rng.integers(4)])
+        made = [value for value in quad(left.pop(0), left.pop(0)) if value is not None]
+        left.append(int(rng.choice(made)))
     (target,) = left
-    if target is None or not APR.min_target <= target <= APR.max_target:
-        return None
-    return Problem(numbers, target)
+    return Problem(numbers, target) if APR.min_target <= target <= APR.max_target else None
 
 
 def _answer_only(span: Span | Block) -> Span:
-    """The span with all forced but what follows its match."""
+    """The span with all forced but what follows its match; all of it where it has none."""
     assert isinstance(span, Span)
-    return dataclasses.replace(span, forced=span.pieces.index(MATCH) + 1)
+    given = span.pieces.index(MATCH) + 1 if MATCH in span.pieces else len(span.pieces)
+    return dataclasses.replace(span, forced=given)
 
 
 def _line(problem: Problem, line: Line) -> Trace:
@@ -171,21 +158,25 @@ def _line(problem: Problem, line: Line) -> Trace:
     return (Span((*pieces, *answer_pieces(line.solution)), forced=len(pieces)),)
 
 
-def _branches(problem: Problem, lines: list[Line], labels: list[int], mode: str) -> Trace:
-    """A block of branches that matched, and what a parent says behind it."""
-    tags = FORMATS[mode]
-    branches = tuple((_answer_only(branch_span(LABELS[i], line, tags)),) for i, line in zip(labels, lines, strict=True))
-    pieces = [*tags.after_join, *tags.conclusion, LABELS[labels[0]], *tags.end, *tags.finish]
+def _branches(problem: Problem, block: tuple[Line, ...], tags: Tags) -> Trace:
+    """A block's branches, and what a parent says behind it."""
+    won = next(i for i, line in enumerate(block) if line.solution is not None)
+    branches = tuple(
+        (_answer_only(branch_span(label, line, tags)),) for label, line in zip(LABELS, block, strict=False)
+    )
+    prompt = (BOS, *prompt_pieces(problem, tags.mode))
+    pieces = [*tags.after_join, *tags.conclusion, LABELS[won], *tags.end, *tags.finish]
     return (
-        Span((BOS, *prompt_pieces(problem, mode)), forced=1 + len(prompt_pieces(problem, mode))),
-        Block(branches, "prefill" if tags.join == "prefill" else "stitch", chosen=0),
-        Span((*pieces, *answer_pieces(lines[0].solution)), forced=len(tags.after_join)),
+        Span(prompt, forced=len(prompt)),
+        Block(branches, "prefill" if tags.join == "prefill" else "stitch", chosen=won),
+        Span((*pieces, *answer_pieces(block[won].solution)), forced=len(tags.after_join)),
     )
 
 
-def _called(problem: Problem, lines: list[Line], labels: list[int]) -> list[Trace]:
-    """APR's searches that matched, and a root to which they return."""
-    nodes = list(zip(labels, lines, strict=True))
+def _called(problem: Problem, block: tuple[Line, ...]) -> list[Trace]:
+    """The searches of APR's that matched, and a root to which all of the block's return."""
+    nodes = list(enumerate(block))
     pieces = [BOS, *root_pieces(problem), *returned_pieces(nodes)]
-    root = Span((*pieces, *answer_pieces(lines[0].solution)), forced=len(pieces))
-    return [(root,), *((_answer_only(search_span(i, line)),) for i, line in nodes)]
+    answer = next(line.solution for line in block if line.solution is not None)
+    root = Span((*pieces, *answer_pieces(answer)), forced=len(pieces))
+    return [(root,), *((_answer_only(search_span(i, line)),) for i, line in nodes if line.solution is not None)]
