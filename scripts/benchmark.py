@@ -27,8 +27,6 @@ import json
 import platform
 import re
 import statistics
-import sys
-import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
@@ -44,11 +42,11 @@ from loading import load_engine
 from plan_cases import plan_table, run_plan
 from rich.console import Console
 from rich.table import Table
+from transformers_baseline import Transformers, load_baseline
 
 from apr_jax import Engine, SamplingParams
 from apr_jax.config import EngineConfig, check
 from apr_jax.models.checkpoint import load_decoder
-from apr_jax.models.hf import export_hf
 from apr_jax.reasoning.programs import make_program
 from apr_jax.reasoning.strategies.options import StrategyOptions
 
@@ -89,7 +87,7 @@ def main() -> None:
     if loops or votes or cases:
         threads = [n for n, _ in cases + votes] + [EngineConfig.max_threads] * bool(loops)
         engine = load_engine(_CHECKPOINT.value, max_threads=max(threads))
-        baseline = _load_baseline(_CHECKPOINT.value) if cases else None
+        baseline = load_baseline(_CHECKPOINT.value) if cases else None
         with cli.profile():
             results = [_run_case(engine, baseline, n, prefix) for n, prefix in cases]
             results += [_run_vote(engine, n, prompt_len) for n, prompt_len in votes]
@@ -127,58 +125,6 @@ def _parse_case(name: str, pattern: str) -> tuple[int, int]:
     return num_threads, prefix_len
 
 
-class _Transformers:
-    """The same weights in transformers, and how long its `generate` takes a decode step."""
-
-    def __init__(self, directory: str):
-        import torch
-        import transformers
-
-        self._torch = torch
-        self.versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-        transformers.logging.set_verbosity_error()
-        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            directory, dtype=torch.float32, attn_implementation="sdpa"
-        )
-        self._model = model.eval()
-        self._model.generation_config.eos_token_id = None
-
-    def decode_s(self, rows: np.ndarray, num_tokens: int, num_torch_threads: int) -> tuple[float, np.ndarray]:
-        """Seconds for num_tokens - 1 decode steps of all rows [N, P] at once, and the tokens [N, num_tokens]."""
-        torch = self._torch
-        torch.set_num_threads(num_torch_threads)
-        ids = torch.as_tensor(rows)
-
-        def run(count: int):
-            started = time.perf_counter()
-            out = self._model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=count,
-                do_sample=False,
-                pad_token_id=0,
-            )
-            return time.perf_counter() - started, out[:, ids.shape[1] :].numpy()
-
-        with torch.inference_mode():
-            prompt_s, _ = run(1)
-            total_s, tokens = run(num_tokens)
-        return total_s - prompt_s, tokens
-
-
-def _load_baseline(checkpoint: str) -> _Transformers | None:
-    """The baseline; None, with a note, where transformers is not installed."""
-    sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]  # transformers would take ours for another's
-    with tempfile.TemporaryDirectory() as parent:
-        directory = f"{parent}/hf"
-        export_hf(directory, load_decoder(checkpoint, dtype="float32"))
-        try:
-            return _Transformers(directory)
-        except ImportError as error:
-            print(f"no baseline: {error} (pip install 'apr-jax[test]')", file=sys.stderr)
-            return None
-
-
 def _ours(engine: Engine, rows: np.ndarray, num_tokens: int) -> tuple[float, np.ndarray, int]:
     """Seconds for the threads' decode steps after the first dispatch, tokens [N, num_tokens], and round trips.
 
@@ -203,9 +149,11 @@ def _ours(engine: Engine, rows: np.ndarray, num_tokens: int) -> tuple[float, np.
     return seconds * len(rows) * (num_tokens - 1) / timed, tokens, trips
 
 
-def _run_case(engine: Engine, baseline: _Transformers | None, num_threads: int, prefix_len: int) -> dict[str, Any]:
+def _run_case(engine: Engine, baseline: Transformers | None, num_threads: int, prefix_len: int) -> dict[str, Any]:
     num_tokens, vocab_size = _NUM_TOKENS.value, engine.model_config.vocab_size
     window = engine.model_config.max_position
+    first = engine.config.steps_per_dispatch
+    check(num_tokens > first, f"--num_tokens={num_tokens}, must be > {first}: a first dispatch of {first} is not timed")
     check(
         prefix_len + num_tokens <= window,
         f"{prefix_len} + {num_tokens} tokens, the context window is {window}",

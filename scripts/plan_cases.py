@@ -23,9 +23,8 @@ NUM_GROWN_RUNS = 12  # tails have room for so many times STEP_TOKENS
 def run_plan(num_threads: int, num_families: int) -> dict[str, Any]:
     """One case: in each family a prompt forks in about as many threads as each of those forks in.
 
-    Times are of the building thread's CPU, in ms: a plan made anew (of segments that were in
-    plans before), one after all rows grew by a few tokens, and one
-    after nothing changed.
+    Times are of the building thread's CPU, in ms: a plan made anew (of segments that were in plans before), one after
+    all rows grew by a few tokens, and one after nothing changed.
     """
     check(num_threads >= num_families, f"{num_threads} threads in {num_families} families, must be at least one each")
     cache_config = CacheConfig(num_pages=num_threads * 20 + num_families * 80, prefix_cache=False)

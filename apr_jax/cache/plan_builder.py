@@ -179,12 +179,10 @@ class PlanBuilder:
         runs = find_runs(held, order, self._page_size, self._min_shared_tokens)
         rows, pages, counts = {}, [], []
         for slot, context in threads:
-            segments = context.segments[:]
-            has_tail = bool(segments) and not segments[-1].sealed
-            tail = segments[-1].pages[:] if has_tail else []
-            rows[slot] = _Row(segments, has_tail, tail)
-            pages += tail
-            counts.append(len(tail))
+            tail = context.tail
+            rows[slot] = _Row(context.segments[:], tail is not None, [] if tail is None else tail.pages[:])
+            pages += rows[slot].tail
+            counts.append(len(rows[slot].tail))
         counts = np.array(counts, np.int64)
         which, at = expand(np.zeros_like(counts), counts)
         tail_pages = np.zeros((num_slots, self._layout.max_tail_pages), np.int32)

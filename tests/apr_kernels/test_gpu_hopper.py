@@ -184,7 +184,8 @@ def _merged(case, plan, total, o, num_queries):
 def test_windows_cover_what_each_query_sees(case, size, rows, tile):
     rng = np.random.default_rng(5)
     case = cases.with_page_size(case, size)
-    update = jax.jit(functools.partial(kv_update, backend=backends.GPU_HOPPER, interpret=not on_hopper()))
+    # The update is a scatter wherever it runs; `interpret` lets it have pages that the attention kernel does not take.
+    update = jax.jit(functools.partial(kv_update, backend=backends.GPU_HOPPER, interpret=True))
     for variant in (case, cases.shuffled(case, rng)) if size == 8 else (case,):
         data = cases.build(variant, rng)
         plan = cases.on_device(data.plan)
@@ -202,7 +203,7 @@ def test_update_writes_quantised_pages_like_the_reference(dtype):
     data = cases.build(cases.with_page_size(cases.CASES[-1], 8), np.random.default_rng(6))
     pages = make_kv_pages(data.kv_pages.num_pages, 8, data.case.num_kv_heads, data.case.head_dim, dtype)
     arguments = (data.k, data.v, cases.on_device(data.plan), data.tail_len, data.num_queries)
-    got = kv_update(pages, *arguments, backend=backends.GPU_HOPPER, interpret=not on_hopper())
+    got = kv_update(pages, *arguments, backend=backends.GPU_HOPPER, interpret=True)
     want = kv_update(pages, *arguments)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
         if a.shape == want.k.shape:
