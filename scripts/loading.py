@@ -4,10 +4,15 @@ import os
 from pathlib import Path
 from typing import cast, get_args
 
+import jax
 from absl import flags, logging
+from jax.extend.backend import clear_backends
 
 from apr_jax import Engine
-from apr_jax.config import AttentionChoice, CacheConfig, EngineConfig, KVDtype
+from apr_jax.config import AttentionChoice, CacheConfig, EngineConfig, KVDtype, check
+from apr_jax.models.checkpoint import checkpoint_directory
+
+_SMALL_BYTES = 64 * 2**20
 
 _TENSOR = flags.DEFINE_integer("tensor", 1, "Devices that heads, MLP and KV pages are split over.")
 _ATTENTION = flags.DEFINE_enum(
@@ -21,6 +26,13 @@ _KV_DTYPE = flags.DEFINE_enum(
 )
 _PAGE_SIZE = flags.DEFINE_integer("page_size", CacheConfig.page_size, "Token positions a KV page.")
 _NUM_PAGES = flags.DEFINE_integer("num_pages", CacheConfig.num_pages, "KV pages in all.")
+_CPU_THREADS = flags.DEFINE_integer(
+    "cpu_threads",
+    None,
+    "Threads that XLA computes with where the CPU is the device; by default 1 for a checkpoint under "
+    f"{_SMALL_BYTES >> 20} MiB, as handing its small operations from thread to thread costs more than it saves, "
+    "else one a core.",
+)
 
 
 def load_engine(checkpoint: str, **engine_fields) -> Engine:
@@ -32,6 +44,8 @@ def load_engine(checkpoint: str, **engine_fields) -> Engine:
     Raises:
       ValueError: there is no such checkpoint, it is damaged, or it does not go with the flags.
     """
+    checkpoint = os.path.expanduser(checkpoint)
+    _set_cpu_threads(checkpoint)
     engine_config = EngineConfig(
         compile_cache_dir=_compile_cache_dir(),
         tensor=_TENSOR.value,
@@ -40,9 +54,29 @@ def load_engine(checkpoint: str, **engine_fields) -> Engine:
         **engine_fields,
     )
     cache_config = CacheConfig(page_size=_PAGE_SIZE.value, num_pages=_NUM_PAGES.value)
-    return Engine.from_checkpoint(
-        os.path.expanduser(checkpoint), engine_config=engine_config, cache_config=cache_config
-    )
+    return Engine.from_checkpoint(checkpoint, engine_config=engine_config, cache_config=cache_config)
+
+
+def _set_cpu_threads(checkpoint: str) -> None:
+    """Makes JAX's CPU client anew with as many threads as the flag says; arrays made before are lost."""
+    count = _CPU_THREADS.value
+    check(count is None or count >= 1, f"--cpu_threads={count}, must be >= 1")
+    if jax.default_backend() != "cpu":
+        return
+    if count is None:
+        files = [path for path in checkpoint_directory(checkpoint).rglob("*") if path.is_file()]
+        if sum(path.stat().st_size for path in files) >= _SMALL_BYTES:
+            return
+        count = 1
+    before = os.environ.get("NPROC")
+    os.environ["NPROC"] = str(count)  # XLA's clients read it when they are made
+    try:
+        clear_backends()
+        jax.devices()
+    finally:
+        del os.environ["NPROC"]
+        if before is not None:
+            os.environ["NPROC"] = before
 
 
 def _compile_cache_dir() -> str | None:

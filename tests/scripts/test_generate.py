@@ -92,6 +92,7 @@ def test_samples_differ_and_are_reproducible(tmp_path, countdown):
         (("--prompt=x", "--max_family_pages=0"), "max_family_pages is 0, must be >= 1"),
         (("--prompt=x", "--max_wall_s=0"), "max_wall_s is 0.0, must be > 0 and finite"),
         (("--prompt=x", "--num_samples=0"), "--num_samples=0, must be >= 1"),
+        (("--prompt=x", "--cpu_threads=0"), "--cpu_threads=0, must be >= 1"),
         (("--prompt=x", "--tensor=2"), "tensor is 2, there are 1 devices"),
         (("--prompt=x", "--attention=pallas"), "no Pallas kernel runs on cpu"),
         (("--prompt=x", "--checkpoint=missing"), "no checkpoint 'missing': expected a directory or a preset"),
