@@ -38,6 +38,15 @@ class RopeConfig:
         check(self.kind in ROPE_KINDS, f"rope kind {self.kind!r} is not one of {ROPE_KINDS}")
         check(self.theta > 0, f"rope theta is {self.theta}, must be > 0")
         check(self.factor >= 1.0, f"rope factor is {self.factor}, must be >= 1")
+        if self.kind in ("llama3", "yarn"):
+            original = self.original_max_position
+            check(
+                original is not None and original >= 1,
+                f"rope kind {self.kind!r} has original_max_position {original}, must be >= 1",
+            )
+        if self.kind == "llama3":
+            low, high = self.low_freq_factor, self.high_freq_factor
+            check(0 < low < high, f"rope low_freq_factor is {low}, must be in (0, high_freq_factor = {high})")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,7 @@
 """Values that several layers speak of. Imports nothing of ours."""
 
 import dataclasses
+import math
 
 
 class OutOfPages(RuntimeError):
@@ -53,10 +54,16 @@ class SamplingParams:
             if not condition:
                 raise ValueError(message)
 
-        check(self.temperature >= 0, f"temperature is {self.temperature}, must be >= 0")
+        check(
+            self.temperature >= 0 and math.isfinite(self.temperature),
+            f"temperature is {self.temperature}, must be >= 0 and finite",
+        )
         check(self.top_k >= 0, f"top_k is {self.top_k}, must be >= 0 (0 keeps all)")
         check(0 < self.top_p <= 1, f"top_p is {self.top_p}, must be in (0, 1]")
         check(0 <= self.min_p <= 1, f"min_p is {self.min_p}, must be in [0, 1]")
         check(self.repetition_penalty > 0, f"repetition_penalty is {self.repetition_penalty}, must be > 0")
         check(self.max_new_tokens >= 0, f"max_new_tokens is {self.max_new_tokens}, must be >= 0")
+        check(not isinstance(self.stop, str), f"stop is {self.stop!r}, must be a tuple of strings")
         check(all(self.stop), "stop holds an empty string")
+        for name in ("stop_ids", "banned_ids"):
+            check(min(getattr(self, name), default=0) >= 0, f"{name} is {getattr(self, name)}, ids must be >= 0")

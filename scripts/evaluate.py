@@ -25,12 +25,11 @@ from absl import flags, logging
 from evaluation_output import check_output_dir, console_table, progress, write_output
 from json_output import check_output_path, write_json
 from loading import load_engine
-from program_flags import PROGRAM_HELP, check_program, chosen_program, request_fields
+from program_flags import PROGRAM_HELP, check_programs, chosen_program, request_fields, warn_of_format
 from rich.console import Console
 from sampling_flags import sampling_params
 from task_flags import chosen_task
 
-from apr_jax import Engine
 from apr_jax.config import check
 from apr_jax.evaluation import plots
 from apr_jax.evaluation.budgets import KINDS, BudgetKind, TokenBudget
@@ -83,8 +82,7 @@ def main() -> None:
     fields = request_fields()
     names = list(dict.fromkeys(_PROGRAM.value))
     check(bool(names), f"--program is empty, name some of {PROGRAM_HELP}")
-    for name in names:
-        check_program(name)
+    specs = check_programs(names)
     check(_NUM_SAMPLES.value >= 1, f"--num_samples={_NUM_SAMPLES.value}, must be >= 1")
     check(_NUM_PROBLEMS.value >= 1, f"--num_problems={_NUM_PROBLEMS.value}, must be >= 1")
     check(_SEED.value >= 0, f"--seed={_SEED.value}, must be >= 0")
@@ -96,7 +94,13 @@ def main() -> None:
     task = chosen_task()
     problems = task.problems(_NUM_PROBLEMS.value, _SEED.value)
     engine = load_engine(_CHECKPOINT.value, max_threads=_MAX_THREADS.value)
-    entries = [_entry(engine, name, task) for name in names]
+    for spec in specs:
+        warn_of_format(task, problems[0], spec)
+    programs = [chosen_program(engine, name, task, _NUM_SAMPLES.value) for name in names]
+    entries = [
+        Entry(label=spec.label, name=spec.format, program=program)
+        for spec, program in zip(specs, programs, strict=True)
+    ]
     settings = common_settings(engine, task, _CHECKPOINT.value, sampling, _NUM_SAMPLES.value, program_flags.defaults())
     with RecordStore(settings, None if output_dir is None else output_dir / RECORDS_FILE) as store:
         evaluation = Evaluation(engine, task, problems, sampling, store, **fields)
@@ -115,11 +119,6 @@ def _budgets() -> list[TokenBudget | None]:
         kind = cast(BudgetKind, _BUDGET_KIND.value)
         budgets.append(None if text == NO_BUDGET else TokenBudget(kind, int(text)))
     return list(dict.fromkeys(budgets))
-
-
-def _entry(engine: Engine, text: str, task: Task) -> Entry:
-    program = chosen_program(engine, text, task, _NUM_SAMPLES.value)
-    return Entry(label=text, name=check_program(text).name, program=program)
 
 
 Results = dict[tuple[str, TokenBudget | None], list[Record]]

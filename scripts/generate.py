@@ -23,7 +23,8 @@ import trace_output
 from absl import flags
 from json_output import check_output_path, write_json
 from loading import load_engine
-from program_flags import PROGRAM_HELP, check_program, chosen_program, request_fields
+from program_flags import PROGRAM_HELP, check_programs, chosen_program, request_fields, warn_of_format
+from program_spec import ProgramSpec
 from rich.console import Console
 from rich.table import Table
 from sampling_flags import sampling_params
@@ -61,16 +62,18 @@ _OUTPUT_JSON = flags.DEFINE_string("output_json", None, "Write the result into t
 def main() -> None:
     sampling = sampling_params(_SEED.value)
     request_fields()  # refused before a model is loaded
-    check_program(_PROGRAM.value)
+    (spec,) = check_programs([_PROGRAM.value])
     check(_NUM_SAMPLES.value is None or _NUM_SAMPLES.value >= 1, f"--num_samples={_NUM_SAMPLES.value}, must be >= 1")
     checkpoint_directory(Path(_CHECKPOINT.value).expanduser())  # refused before anything else is asked for
     task = TASKS.get(Path(_CHECKPOINT.value).name)
-    prompt = _read_prompt(task)
+    prompt = _read_prompt(task, spec)
     output_path = check_output_path(_OUTPUT_JSON.value) if _OUTPUT_JSON.value else None
     trace_path = check_trace_path()
     engine = load_engine(_CHECKPOINT.value)
+    token_ids = engine.encode_prompt(prompt)
+    engine.check_prompt(token_ids, sampling, request_fields()["guards"].max_family_pages)  # before it is printed
     with cli.profile(), traced(engine, trace_path, f"{_PROGRAM.value}: {prompt}") as trace:
-        outputs, error = _generate(engine, task, prompt, sampling, trace)
+        outputs, error = _generate(engine, task, spec, prompt, token_ids, sampling, trace)
     problem = task.problem_of(prompt) if task is not None else None
     verdicts = [
         task.check(problem, output.text) if task is not None and problem is not None else None for output in outputs
@@ -89,7 +92,7 @@ def main() -> None:
         raise error
 
 
-def _read_prompt(task: Task | None) -> str:
+def _read_prompt(task: Task | None, spec: ProgramSpec) -> str:
     """The prompt of the flags; a task's problem gets the form that the program's prompt has."""
     prompt = BUILT_IN_PROMPTS.get(_CHECKPOINT.value) if _PROMPT.value is None else _PROMPT.value
     if prompt is None:
@@ -97,23 +100,26 @@ def _read_prompt(task: Task | None) -> str:
     check(bool(prompt.strip()), f"--prompt={prompt!r} is empty: at least 1 token is needed")
     problem = task.problem_of(prompt) if task is not None else None
     bare = prompt.lstrip()[:1].isdigit()  # without the token that says how to reason
-    return (
-        task.prompt(problem, check_program(_PROGRAM.value).name)
-        if task is not None and problem is not None and bare
-        else prompt
-    )
+    if task is None or problem is None or not bare:
+        return prompt
+    warn_of_format(task, problem, spec)
+    return task.prompt(problem, spec.format)
 
 
 def _generate(
-    engine: Engine, task: Task | None, prompt: str, sampling: SamplingParams, trace: TraceFile | None
+    engine: Engine,
+    task: Task | None,
+    spec: ProgramSpec,
+    prompt: str,
+    token_ids: list[int],
+    sampling: SamplingParams,
+    trace: TraceFile | None,
 ) -> tuple[list[Output], Exception | None]:
     """Runs all samples side by side and shows them; the first error of one, if any."""
     view = ThreadView(engine.tokenizer)
     engine.listeners.append(view)
-    is_strategy = check_program(_PROGRAM.value).is_strategy
     program = chosen_program(engine, _PROGRAM.value, task, _NUM_SAMPLES.value or StrategyOptions.num_samples)
-    num_answers = 1 if is_strategy else _NUM_SAMPLES.value or 1
-    token_ids = engine.encode_prompt(prompt)
+    num_answers = 1 if spec.is_strategy else _NUM_SAMPLES.value or 1
     console = Console()
     console.print(f"prompt: {prompt}", markup=False, highlight=False, soft_wrap=True)
     with Driver(engine) as driver:
@@ -173,6 +179,8 @@ def _as_object(output: Output, verdict: Verdict | None) -> dict[str, Any]:
         "program": output.program,
         "threads": [dataclasses.asdict(thread) for thread in output.threads],
         "metrics": dataclasses.asdict(output.metrics),
+        "finish_reason": output.finish_reason,
+        "degraded": output.degraded,
     }
 
 

@@ -1,9 +1,10 @@
 """The flags that say how a model reasons, shared by the scripts that generate."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, cast, get_args
 
-from absl import flags
+from absl import flags, logging
 from program_spec import PROGRAM_HELP as PROGRAM_HELP
 from program_spec import WHEN_HELP, ProgramSpec, read_spec, read_when
 
@@ -65,11 +66,25 @@ def defaults() -> dict[str, Any]:
     return {"join": _JOIN.value, "when": _WHEN.value, **fields, **guards}
 
 
-def check_program(text: str) -> ProgramSpec:
-    """What `--program` spells. Raises ValueError for what is no program, or flags that are out of their range."""
+def check_programs(texts: Sequence[str]) -> list[ProgramSpec]:
+    """What `--program` spells.
+
+    Raises:
+      ValueError: what is no program, or a flag that is out of its range, or that none of the programs takes.
+    """
     if _WHEN.value is not None:
         read_when(_WHEN.value, None, f"--when={_WHEN.value}")
-    return read_spec(text)
+    specs = [read_spec(text) for text in texts]
+    for flag, is_taken in ((_JOIN, any(s.takes_join for s in specs)), (_WHEN, any(s.takes_when for s in specs))):
+        check(flag.value is None or is_taken, f"--{flag.name}={flag.value} says nothing of {', '.join(texts)}")
+    return specs
+
+
+def warn_of_format(task: Task, problem: Any, spec: ProgramSpec) -> None:
+    """Says so where a task has no prompts of its own for a grammar's file: a model may not fork on others."""
+    if spec.name.endswith(".toml") and task.prompt(problem, spec.format) == task.prompt(problem, "sequential"):
+        gets = f"{task.name} has no prompt for name = {spec.format!r}, so it gets that of sequential"
+        logging.warning("%s: %s", spec.name, gets)
 
 
 def chosen_program(engine: Engine, text: str, task: Task | None, num_samples: int) -> Program:
@@ -82,7 +97,7 @@ def chosen_program(engine: Engine, text: str, task: Task | None, num_samples: in
     Raises:
       ValueError: a flag does not go with it, or its file is no grammar.
     """
-    spec = check_program(text)
+    spec = read_spec(text)
     accept = None if task is None else task.accept
     uses_checker = spec.score == "checker"
     check(
@@ -98,8 +113,9 @@ def chosen_program(engine: Engine, text: str, task: Task | None, num_samples: in
         waits=spec.when == "all",
     )
     join = when = None
-    if spec.has_joins:
+    if spec.takes_join:
         join = spec.join or cast(JoinMode | None, _JOIN.value)
+    if spec.takes_when:
         wanted = spec.when or _WHEN.value
         if wanted not in (None, "all"):
             when = read_when(wanted, None if accept is None else by_text(engine.tokenizer, accept))

@@ -17,6 +17,7 @@ from apr_jax.config import check
 from apr_jax.engine.thread import JoinMode
 from apr_jax.reasoning.deciding import Accept, All, Deadline, Quorum, When, first
 from apr_jax.reasoning.grammars.apr import AprProgram
+from apr_jax.reasoning.grammars.custom import load_grammar
 from apr_jax.reasoning.grammars.declaration import GRAMMAR_JOINS
 from apr_jax.reasoning.programs import PROGRAM_NAMES, STRATEGIES
 
@@ -54,9 +55,19 @@ class ProgramSpec:
         return self.name in STRATEGIES
 
     @property
-    def has_joins(self) -> bool:
-        """Whether `when` says something; `join` does too, of all but APR."""
+    def takes_when(self) -> bool:
+        """Whether there are joins whose time can be chosen."""
         return self.name != "sequential" and not self.is_strategy
+
+    @property
+    def takes_join(self) -> bool:
+        """Whether the way in which it joins can be chosen: APR splices text, whatever comes."""
+        return self.takes_when and self.name != AprProgram.name
+
+    @property
+    def format(self) -> str:
+        """What a task knows its prompts by: the program's name; of a grammar's file, the `name` in it."""
+        return load_grammar(self.name).name if self.name.endswith(".toml") else self.name
 
 
 def read_spec(text: str) -> ProgramSpec:
@@ -66,8 +77,8 @@ def read_spec(text: str) -> ProgramSpec:
     check(known, f"--program={name} is not one of {PROGRAM_HELP}")
     spec = ProgramSpec(label=text, name=name)
     allowed = STRATEGY_OPTIONS.get(name, ())
-    if spec.has_joins:
-        allowed = ("when",) if name == AprProgram.name else ("join", "when")
+    if spec.takes_when:
+        allowed = ("join", "when") if spec.takes_join else ("when",)
     seen = set()
     for option in options:
         key, _, value = option.partition("=")

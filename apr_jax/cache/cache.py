@@ -87,11 +87,14 @@ class KVCache(Ledger):
             if not segment.sealed:
                 raise ValueError(f"segment {segment.id} is open: seal a child before it is joined")
         self.seal(parent)
+        held = {segment.id for segment in parent.segments}
         for segment in resolve(wanted):
+            held.add(segment.id)
             parent.causal = parent.causal and segment.previous_id == _last_id(parent)
             self._hold(parent, segment)
             node = segment.node
-            if node is not None and node.parent.segment not in (None, *parent.segments):
+            above = None if node is None else node.parent.segment
+            if node is not None and above is not None and above.id not in held:
                 # A conclusion without what led to it: in the tree it would keep that from being evicted.
                 self._tree.detach(node)
         end = parent.segments[-1].end_position if parent.segments else parent.start_position

@@ -71,15 +71,8 @@ class Loop(ThreadTree):
           ValueError: the prompt is empty, holds an id outside the vocabulary, is longer than the context window, or
             can never fit the cache.
         """
-        ids = self._checked_ids(token_ids)
-        check(len(ids) > 0, "the prompt is empty: at least 1 token is needed")
-        window = self.model_config.max_position
-        check(len(ids) <= window, f"the prompt has {len(ids)} tokens, the context window is {window}")
-        needed = math.ceil((len(ids) + min(1, sampling.max_new_tokens)) / self.cache.page_size)
+        ids = self.check_prompt(token_ids, sampling, max_pages)
         family = Family(self._next_family_id, sampling.seed, max_pages)
-        bound = self.scheduler.max_family_pages(family)
-        check(needed <= bound, f"the prompt needs {needed} pages, a family may hold {bound}")
-        self.check_sampling(sampling)
         self._next_family_id += 1
         context, matched = self.cache.match_prefix(ids)
         thread = self._new_thread(family, None, (), sampling, context)
@@ -91,6 +84,20 @@ class Loop(ThreadTree):
         self.emit(events.SubmitEvent, thread, prompt_ids=tuple(ids))
         self._emit_keys(thread, matched, "cached")
         return thread
+
+    def check_prompt(
+        self, token_ids: Sequence[int], sampling: SamplingParams, max_pages: int | None = None
+    ) -> list[int]:
+        """The prompt's ids, if `submit` takes them; raises ValueError as it does."""
+        ids = self._checked_ids(token_ids)
+        check(len(ids) > 0, "the prompt is empty: at least 1 token is needed")
+        window = self.model_config.max_position
+        check(len(ids) <= window, f"the prompt has {len(ids)} tokens, the context window is {window}")
+        needed = math.ceil((len(ids) + min(1, sampling.max_new_tokens)) / self.cache.page_size)
+        bound = self.scheduler.max_family_pages(Family(self._next_family_id, sampling.seed, max_pages))
+        check(needed <= bound, f"the prompt needs {needed} pages, a family may hold {bound}")
+        self.check_sampling(sampling)
+        return ids
 
     @property
     def has_work(self) -> bool:

@@ -19,13 +19,14 @@ def find_stop(
     """
     if not strings:
         return None
-    # A string of n characters begins at most n tokens back if every token holds a character; special tokens may
-    # hold none, hence the slack.
-    window = 2 * max(len(string) for string in strings) + 8
+    # A string of n bytes begins at most n tokens back if every token holds a byte; special tokens may hold none,
+    # hence the slack.
+    window = 2 * max(len(string.encode()) for string in strings) + 8
     for end in range(first_new + 1, len(token_ids) + 1):
         start = max(0, end - window)
         text, before = decode(token_ids[start:end]), decode(token_ids[start : end - 1])
-        found = [s for s in strings if s in text[max(0, len(before) - len(s) + 1) :]]
+        num_known = len(before.rstrip("\ufffd"))  # what a character's first bytes decode to is not known yet
+        found = [s for s in strings if s in text[max(0, num_known - len(s) + 1) :]]
         if found:
             return end, max(found, key=len)
     return None

@@ -111,7 +111,8 @@ class ThreadTree:
         self._end(thread, Status.FINISHED)
 
     def check_sampling(self, sampling: SamplingParams) -> None:
-        """Raises ValueError for more stop ids or banned ids than the engine takes."""
+        """Raises ValueError for more stop or banned ids than the engine takes, or ids outside the vocabulary."""
+        self._checked_ids((*sampling.stop_ids, *sampling.banned_ids))
         bound = self.config.max_stop_ids
         num_stops = len({*sampling.stop_ids, *(() if sampling.ignore_eos else self.model_config.eos_ids)})
         included = "those of the program's tags and of the end of a sequence included"

@@ -16,6 +16,7 @@ from apr_jax.models.hf_weights import TensorFiles, check_tensors, read_param, wr
 from apr_jax.models.params import build_decoder, named_params, param_shapes
 from apr_jax.models.sharding import check_divisible
 from apr_jax.tokenizers import TOKENIZER_FILES, ByteTokenizer
+from apr_jax.tokenizers.json_file import read_json
 
 
 def load_hf_config(directory: str | Path) -> ModelConfig:
@@ -91,13 +92,4 @@ def copy_tokenizer(source: str | Path | ByteTokenizer | None, directory: Path) -
 def _read_configs(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """config.json and generation_config.json; the latter is {} where there is none."""
     check((directory / "config.json").is_file(), f"{directory} holds no config.json")
-    found = []
-    for name in ("config.json", "generation_config.json"):
-        path = directory / name
-        try:
-            content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not JSON: {error}") from error
-        check(isinstance(content, dict), f"{path} holds no JSON object")
-        found.append(content)
-    return found[0], found[1]
+    return read_json(directory / "config.json"), read_json(directory / "generation_config.json")

@@ -33,6 +33,10 @@ def model_config_from_hf(hf: dict[str, Any], generation: dict[str, Any] | None =
     model_type = ARCHITECTURES[architecture]
     missing = [key for key in _REQUIRED if hf.get(key) is None]
     check(not missing, f"config.json lacks {', '.join(missing)}")
+    for key, least in _INTEGERS.items():
+        _check_number(key, hf.get(key), int, least)
+    for key in ("rms_norm_eps", "rope_theta"):
+        _check_number(key, hf.get(key), float, 0)
     _refuse_unsupported(hf, model_type)
     num_heads = hf["num_attention_heads"]
     attention_bias = model_type in ("llama", "qwen3") and bool(hf.get("attention_bias", False))
@@ -113,8 +117,31 @@ _REQUIRED = (
 )
 
 
+_INTEGERS = dict.fromkeys(_REQUIRED, 1) | {
+    "num_key_value_heads": 1,
+    "head_dim": 1,
+    "sliding_window": 0,
+    "max_window_layers": 0,
+    "original_max_position_embeddings": 1,
+    "bos_token_id": 0,
+}
+_ROPE_NUMBERS = (
+    "rope_theta", "partial_rotary_factor", "factor", "low_freq_factor", "high_freq_factor",
+    "original_max_position_embeddings", "attention_factor", "mscale", "mscale_all_dim", "beta_fast", "beta_slow",
+)  # fmt: skip
+
+
+def _check_number(key: str, found: Any, kind: type, least: float) -> None:
+    """None is left to the defaults."""
+    kinds = (int,) if kind is int else (int, float)
+    is_number = isinstance(found, kinds) and not isinstance(found, bool)
+    what = "an integer" if kind is int else "a number"
+    check(found is None or (is_number and found >= least), f"{key} is {found!r}, expected {what} >= {least}")
+
+
 def _architecture(hf: dict[str, Any]) -> str:
     found = hf.get("architectures") or []
+    check(isinstance(found, list), f"architectures is {found!r}, expected a list of names")
     if not found and hf.get("model_type") in ARCHITECTURES.values():
         return next(name for name, model_type in ARCHITECTURES.items() if model_type == hf["model_type"])
     known = [name for name in found if name in ARCHITECTURES]
@@ -157,17 +184,21 @@ def _refuse_unsupported(hf: dict[str, Any], model_type: str) -> None:
 def _rope(hf: dict[str, Any]) -> RopeConfig:
     """Reads `rope_parameters` (transformers 5), or `rope_theta` beside `rope_scaling` (before)."""
     scaling = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
+    check(isinstance(scaling, dict), f"the rope settings are {scaling!r}, expected an object")
     nested = [key for key, value in scaling.items() if isinstance(value, dict)]
     check(not nested, f"rope_parameters differ by layer type ({', '.join(nested)}), expected one for all")
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     check(kind in ROPE_KINDS, f"rope scaling {kind!r} is unknown, expected one of {', '.join(ROPE_KINDS)}")
+    for key in _ROPE_NUMBERS:
+        _check_number(f"rope {key}", scaling.get(key), float, 0)
     theta = scaling.get("rope_theta", hf.get("rope_theta", 10_000.0))
     partial = scaling.get("partial_rotary_factor", 1)
     check(partial == 1, f"partial_rotary_factor is {partial}, expected 1")
     if kind == "default":
         return RopeConfig(theta=theta)
     max_position = hf["max_position_embeddings"]
-    original = hf.get("original_max_position_embeddings", scaling.get("original_max_position_embeddings", max_position))
+    key = "original_max_position_embeddings"
+    original = hf.get(key) or scaling.get(key) or max_position
     factor = scaling.get("factor")
     if kind == "yarn" and factor is None:
         factor = max_position / original
@@ -209,5 +240,8 @@ def _rope_to_hf(rope: RopeConfig) -> dict[str, Any] | None:
 def _eos_ids(hf: dict[str, Any], generation: dict[str, Any]) -> tuple[int, ...]:
     ids: list[int] = []
     for found in (hf.get("eos_token_id"), generation.get("eos_token_id")):
-        ids += found if isinstance(found, list) else [] if found is None else [found]
+        several = found if isinstance(found, list) else [found]
+        for each in several:
+            _check_number("eos_token_id", each, int, 0)
+        ids += [each for each in several if each is not None]
     return tuple(dict.fromkeys(ids))

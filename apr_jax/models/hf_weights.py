@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from apr_jax.config import check
 from apr_jax.models.sharding import param_sharding
+from apr_jax.tokenizers.json_file import read_json
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -86,7 +87,10 @@ def _shards(directory: Path) -> list[Path]:
         return [directory / SINGLE_FILE]
     index = directory / INDEX_FILE
     check(index.is_file(), f"{directory} holds neither {SINGLE_FILE} nor {INDEX_FILE}")
-    shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    weight_map = read_json(index).get("weight_map") or {}
+    sound = isinstance(weight_map, dict) and weight_map and all(isinstance(name, str) for name in weight_map.values())
+    check(sound, f"{index} holds no weight_map from tensors to files")
+    shards = sorted(set(weight_map.values()))
     for shard in shards:
         check((directory / shard).is_file(), f"{index} names {shard}, which is missing")
     return [directory / shard for shard in shards]
@@ -111,8 +115,8 @@ def check_tensors(files: TensorFiles, shapes: dict[str, jax.ShapeDtypeStruct]) -
             problems.append(f"tensor {name} has shape {list(files.stored[name][1])}, expected {list(shape)}")
     for name in files.stored.keys() - expected.keys():
         if name == "lm_head.weight":
-            same = np.array_equal(files.read(name), files.read("model.embed_tokens.weight"))
-            if not same:
+            tied = _TOP["embedding"]
+            if tied in files.stored and not np.array_equal(files.read(name), files.read(tied)):
                 problems.append(f"tensor {name} differs from the embedding, expected none: they are tied")
         elif not name.endswith(".rotary_emb.inv_freq"):
             problems.append(f"tensor {name} of shape {list(files.stored[name][1])} is unexpected")
@@ -138,7 +142,10 @@ def write_tensors(params: dict[str, jax.Array], directory: Path, max_shard_bytes
         file_name = SINGLE_FILE if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         tensors = {hf_name(name): _to_hf(name, params[name]) for name in names}
         weight_map |= dict.fromkeys(tensors, file_name)
-        safetensors.numpy.save_file(tensors, directory / file_name, metadata={"format": "pt"})
+        try:
+            safetensors.numpy.save_file(tensors, directory / file_name, metadata={"format": "pt"})
+        except safetensors.SafetensorError as error:  # what the operating system said, as text
+            raise OSError(f"{directory / file_name} cannot be written: {error}") from error
         (directory / file_name).chmod(0o644)  # the library leaves it to its owner alone
     if len(shards) > 1:
         total = {"total_size": sum(array.nbytes for array in params.values())}

@@ -63,15 +63,10 @@ def rotate(x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
-def _original_max_position(rope: RopeConfig) -> int:
-    if rope.original_max_position is None:
-        raise ValueError(f"rope kind {rope.kind!r} needs original_max_position, found None")
-    return rope.original_max_position
-
-
 def _llama3(rope: RopeConfig, frequencies: np.ndarray) -> np.ndarray:
     """Slow dimensions are slowed further by `factor`, fast ones kept, those between blended."""
-    original = _original_max_position(rope)
+    original = rope.original_max_position
+    assert original is not None
     wavelengths = 2 * math.pi / frequencies
     low_wavelength, high_wavelength = original / rope.low_freq_factor, original / rope.high_freq_factor
     scaled = np.where(wavelengths > low_wavelength, frequencies / rope.factor, frequencies)
@@ -83,7 +78,8 @@ def _llama3(rope: RopeConfig, frequencies: np.ndarray) -> np.ndarray:
 
 def _yarn(rope: RopeConfig, head_dim: int, frequencies: np.ndarray) -> np.ndarray:
     """Keeps dimensions that turn often over the original window, interpolates those that turn rarely."""
-    original = _original_max_position(rope)
+    original = rope.original_max_position
+    assert original is not None
 
     def correction_dim(num_rotations: float) -> float:
         return head_dim * math.log(original / (num_rotations * 2 * math.pi)) / (2 * math.log(rope.theta))

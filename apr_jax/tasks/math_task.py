@@ -3,6 +3,7 @@ r"""Problems of the user's own with `\boxed{}` answers, as a `Task`."""
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -37,7 +38,7 @@ def read_problems(path: str | Path) -> list[MathProblem]:
     """
     problems = []
     try:
-        lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
+        lines = Path(path).expanduser().read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8: {error}") from error
     for number, line in enumerate(lines, 1):
@@ -53,7 +54,7 @@ def read_problems(path: str | Path) -> list[MathProblem]:
 def _read_line(line: str) -> MathProblem:
     try:
         fields = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"no JSON: {error}") from error
     check(isinstance(fields, dict), f"is {line.strip()[:40]!r}, must be an object")
     _, problem = _field(fields, PROBLEM_FIELDS)
@@ -66,15 +67,16 @@ def _read_line(line: str) -> MathProblem:
 
 
 def _field(fields: dict, names: tuple[str, ...]) -> tuple[str, str]:
-    """The first of these fields that is there; numbers as text."""
+    """The first of these fields that says something (null and empty text do not); numbers as text."""
     for name in names:
-        if name in fields:
-            value = fields[name]
-            is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            check(isinstance(value, str) or is_number, f"{name} is {value!r}, must be text")
-            check(bool(str(value).strip()), f"{name} is empty")
-            return name, str(value)
-    raise ValueError(f"has none of the fields {', '.join(names)}")
+        value = fields.get(name)
+        if value is None or (isinstance(value, str) and not value.strip()):
+            continue
+        is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        check(isinstance(value, str) or is_number, f"{name} is {value!r}, must be text or a finite number")
+        return name, str(value)
+    empty = [f"{name} is empty" for name in names if name in fields]
+    raise ValueError(empty[0] if empty else f"has none of the fields {', '.join(names)}")
 
 
 class MathTask:

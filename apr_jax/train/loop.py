@@ -86,7 +86,9 @@ class TrainLog:
     def __init__(self, path: pathlib.Path, resumed_step: int):
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= resumed_step]
-        path.write_text("".join(kept))
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(kept))
+        partial.replace(path)  # whole, or as it was
         self._file = path.open("a")
 
     def write(self, record: Mapping[str, Any]) -> None:

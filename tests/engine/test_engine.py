@@ -11,6 +11,7 @@ from apr_jax.config import CacheConfig, EngineConfig
 from apr_jax.engine import events
 from apr_jax.engine.engine import EngineCore
 from apr_jax.engine.runner import Runner
+from apr_jax.engine.stop_strings import find_stop
 from apr_jax.engine.thread import Status
 from apr_jax.testing import byte_tokenizer, tiny_config, tiny_decoder
 from apr_jax.types import OutOfPages, SamplingParams
@@ -73,6 +74,19 @@ def test_stop_strings_roll_back(engine):
     engine.append(stopped, sampling=dataclasses.replace(FREE_RUN, max_new_tokens=rest))
     engine.run()
     assert stopped.token_ids == free.token_ids
+
+
+@pytest.mark.parametrize("stop", ["é", "5€", "👍", "né 。", "。👍", "voilà"])
+def test_stop_strings_of_several_bytes_a_character(stop):
+    """By tokens of a byte each a character is not there before its last one."""
+    ids = byte_tokenizer().encode("Réponse: né 。👍 5€ voilà. Fin")
+    text = byte_tokenizer().decode(ids)
+    wanted = len(byte_tokenizer().encode(text[: text.index(stop) + len(stop)]))
+    for step in (1, 3, 16):
+        found = None
+        for first in range(0, len(ids), step):
+            found = found or find_stop(byte_tokenizer().decode, ids[: first + step], first, (stop,))
+        assert found == (wanted, stop)
 
 
 def test_logprobs_are_the_models(engine):

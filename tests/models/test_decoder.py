@@ -11,7 +11,6 @@ from apr_jax.config import ModelConfig, RopeConfig
 from apr_jax.models.decoder import Decoder
 from apr_jax.models.dense import dense_attend, dense_logits
 from apr_jax.models.params import build_decoder, named_params, param_shapes
-from apr_jax.models.rope import inverse_frequencies
 from apr_jax.testing import tiny_config, tiny_decoder
 
 EVERYTHING = {
@@ -141,8 +140,8 @@ def test_initial_logits_have_the_scale_that_training_starts_from():
 
 
 def test_rope_settings_that_cannot_be_computed_are_refused():
-    with pytest.raises(ValueError, match="'llama3' needs original_max_position, found None"):
-        inverse_frequencies(RopeConfig(kind="llama3", factor=8.0), 16, np.dtype("float32"))
+    with pytest.raises(ValueError, match="'llama3' has original_max_position None, must be >= 1"):
+        RopeConfig(kind="llama3", factor=8.0)
     with pytest.raises(ValueError, match="head_dim is 15, must be even"):
         ModelConfig(
             vocab_size=9,

@@ -71,6 +71,24 @@ def test_tolerated_tensors(directory):
     assert load_hf(directory).lm_head is None
 
 
+def test_tied_head_without_an_embedding(directory):
+    change_tensors(directory, lambda t: t.update({"lm_head.weight": t.pop("model.embed_tokens.weight")}))
+    with pytest.raises(ValueError, match=r"model.embed_tokens.weight is missing, expected shape"):
+        load_hf(directory)
+
+
+@pytest.mark.parametrize("content", ['{"metadata": {}}', "[]", "{", '{"weight_map": {"a": 1}}'])
+def test_index_that_is_none(directory, content):
+    (directory / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(ValueError, match=r"model.safetensors.index.json (holds no|is not JSON)"):
+        load_hf(directory)
+
+
+def test_yarn_takes_the_window_where_the_original_is_null():
+    scaling = {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": None}
+    assert model_config_from_hf(of("LlamaForCausalLM", rope_scaling=scaling)).rope.original_max_position == 128
+
+
 def test_tied_head_that_differs(directory):
     change_tensors(directory, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1}))
     with pytest.raises(ValueError, match=r"lm_head.weight differs from the embedding, expected none: they are tied"):
@@ -144,6 +162,23 @@ def test_shards_that_are_absent_or_truncated(directory):
             "sliding_window is 64 and in use",
         ),
         (of("Qwen3ForCausalLM", layer_types=["full_attention", "sliding_attention"]), "layer_types holds"),
+        (of("LlamaForCausalLM", num_attention_heads="six"), "num_attention_heads is 'six', expected an integer >= 1"),
+        (of("LlamaForCausalLM", num_attention_heads=0), "num_attention_heads is 0, expected an integer >= 1"),
+        (of("LlamaForCausalLM", vocab_size=131.0), "vocab_size is 131.0, expected an integer >= 1"),
+        (of("LlamaForCausalLM", rope_parameters=[1]), r"the rope settings are \[1\], expected an object"),
+        (
+            of("LlamaForCausalLM", rope_scaling={"type": "linear", "factor": "2.5"}),
+            "rope factor is '2.5', expected a number >= 0",
+        ),
+        (
+            of(
+                "LlamaForCausalLM",
+                rope_scaling={"type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 4.0},
+            ),
+            r"rope low_freq_factor is 4.0, must be in \(0, high_freq_factor = 4.0\)",
+        ),
+        (of("LlamaForCausalLM", eos_token_id="2"), "eos_token_id is '2', expected an integer >= 0"),
+        (LLAMA | {"architectures": "LlamaForCausalLM"}, "architectures is 'LlamaForCausalLM', expected a list"),
         (
             of("LlamaForCausalLM", num_key_value_heads=3),
             "num_heads is 4, must be a multiple of num_kv_heads = 3",

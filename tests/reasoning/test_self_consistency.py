@@ -137,6 +137,15 @@ def best(count, **fields):
     return BestOfN(byte_tokenizer(), StrategyOptions(num_samples=count, beam_width=1, **fields))
 
 
+def test_a_sample_that_was_cut_loses_to_one_that_was_not():
+    engine = engine_saying(["a" * 100, "bb", "a" * 100])
+    guards = Guards(max_thread_tokens=20)
+    out = engine.generate([1, 2], best(3, score=lambda text: text.count("a")), sampling=LONG, guards=guards)
+    assert (out.text, out.finish_reason) == ("bb", "eos")
+    plain = SelfConsistency(byte_tokenizer(), StrategyOptions(num_samples=3, beam_width=1))
+    assert engine.generate([1, 2], plain, sampling=LONG, guards=guards).text == "bb"
+
+
 def test_the_best_score_wins_and_all_others_come_free():
     texts = ["bb", "aaaa", "b" * 40, "aaaa"]
     engine = engine_saying(texts, steps_per_dispatch=4)

@@ -11,7 +11,7 @@ def test_options_in_any_order():
     other = read_spec("multiverse+when=quorum:2+join=conclusion")
     assert (spec.name, spec.join, spec.when) == (other.name, other.join, other.when)
     assert (spec.name, spec.join, spec.when) == ("multiverse", "conclusion", "quorum:2")
-    assert (spec.is_strategy, spec.has_joins) == (False, True)
+    assert (spec.is_strategy, spec.takes_join) == (False, True)
 
 
 def test_a_file_may_have_a_plus_in_its_name():

@@ -121,8 +121,9 @@ def test_the_names_of_fields(tmp_path):
         {"question": "b", "answer": r"so \boxed{2}", "level": 5},
         {"problem": "c", "solution": r"first \boxed{0}, then \boxed{\frac{1}{3}}"},
         {"problem": "d", "answer": 4, "solution": "without a box"},
+        {"problem": None, "question": "e\u2028f", "answer": " ", "solution": r"\boxed{5}"},
     )
-    wanted = [("a", "1"), ("b", "2"), ("c", r"\frac{1}{3}"), ("d", "4")]
+    wanted = [("a", "1"), ("b", "2"), ("c", r"\frac{1}{3}"), ("d", "4"), ("e\u2028f", "5")]
     assert read_problems(path) == [MathProblem(*each) for each in wanted]
 
 
@@ -136,6 +137,8 @@ def test_the_names_of_fields(tmp_path):
         ({"problem": " ", "answer": "1"}, "line 2: problem is empty"),
         ({"problem": ["a"], "answer": "1"}, r"line 2: problem is \['a'\], must be text"),
         ({"problem": "a", "answer": True}, "line 2: answer is True, must be text"),
+        ({"problem": "a", "answer": float("nan")}, "line 2: answer is nan, must be text or a finite number"),
+        ("[" * 100_000, "line 2: no JSON"),
         ({"problem": "a", "solution": "five"}, r"line 2: solution holds no whole \\boxed"),
         ({"problem": "a", "answer": r"\boxed{5"}, r"line 2: answer holds no whole \\boxed"),
         ({"problem": "a", "answer": r"\boxed{}"}, "line 2: answer is empty"),

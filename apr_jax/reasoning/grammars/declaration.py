@@ -1,6 +1,7 @@
 """What a grammar is: tags and rules, as data. `reasoning/grammar.py` follows them."""
 
 import dataclasses
+import math
 import re
 import string
 from collections.abc import Mapping
@@ -12,6 +13,8 @@ from apr_jax.types import SamplingParams
 
 GRAMMAR_JOINS = ("stitch", "prefill", "conclusion")
 CHILD_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+CONCLUSION_MARKER = " =>"  # as the embedded model ends its threads; published ones have no marker, and are joined whole
+MAX_PATHS = 1024
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,12 +88,18 @@ class Grammar:
         for name, value in self.child_sampling.items():
             known = f"child_sampling sets {name}, may set {', '.join(CHILD_SAMPLING)}"
             check(name in CHILD_SAMPLING, f"grammar {self.name!r}: {known}")
-            is_number = isinstance(value, int | float)
-            check(is_number, f"grammar {self.name!r}: {name} in child_sampling is {value!r}, must be a number")
-        SamplingParams(**self.child_sampling)
+            kinds = int if name == "top_k" else int | float
+            is_number = isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
+            what = "a whole number" if name == "top_k" else "a finite number"
+            check(is_number, f"grammar {self.name!r}: {name} in child_sampling is {value!r}, must be {what}")
+        try:
+            SamplingParams(**self.child_sampling)
+        except ValueError as error:
+            raise ValueError(f"grammar {self.name!r}: child_sampling: {error}") from error
 
     def _check_tags(self) -> None:
         self._check("block", len(self.block) == 2 and all(self.block), "must be an opening and a closing tag")
+        self._check("block", self.block[0] != self.block[1], "its tags must differ")
         for name in ("name", "trigger", "header", "closer", "after_join"):
             self._check(name, bool(getattr(self, name)), "must not be empty")
         self._check("conclusion_marker", self.conclusion_marker != "", "must not be empty")
@@ -100,27 +109,34 @@ class Grammar:
         for name, tag in stops.items():
             for other, its in stops.items():
                 self._check(name, name == other or tag not in its, f"is part of the {other} {its!r}")
-        for name in ("before_fork", "header"):
-            for other in ("trigger", "closer"):
-                self._check(name, stops[other] not in getattr(self, name), f"holds the {other} {stops[other]!r}")
+        for name, tag in stops.items():
+            for forced in ("before_fork", "header", "after_join"):
+                self._check(forced, tag not in getattr(self, forced), f"holds the {name} {tag!r}")
+            opens = name == "trigger" and tag == self.block[0]
+            self._check(name, opens or tag not in self.block, "is a tag of the block as well")
+            self._check(name, tag != self.plan, "opens the plan as well")
         try:
-            fields = {field for _, field, _, _ in string.Formatter().parse(self.header) if field is not None}
+            parts = [part[1:] for part in string.Formatter().parse(self.header) if part[1] is not None]
         except ValueError as error:
             raise ValueError(f"grammar {self.name!r}: header is {self.header!r}: {error}") from error
-        self._check("header", fields <= {"label"}, "may name {label} only")
+        is_plain = all(part == ("label", "", None) for part in parts)
+        self._check("header", is_plain, "may name {label} only, without a format or conversion")
 
     def _check_outline(self) -> None:
         either = (self.outline is None) == (self.num_paths > 0)
         self._check("num_paths", either, f"with outline = {self.outline!r}: either one says how many children")
         if self.outline is None:
             self._check("plan", not self.plan, "though there is no outline to look for in it")
+            self._check("num_paths", self.num_paths <= MAX_PATHS, f"must be <= {MAX_PATHS}")
+            self._check("max_children", self.max_children is None, f"though num_paths is {self.num_paths}")
             return
         self._check("plan", bool(self.plan), "must not be empty where there are outlines")
         try:
-            num_groups = re.compile(self.outline).groups
+            pattern = re.compile(self.outline)
         except re.error as error:
             raise ValueError(f"grammar {self.name!r}: outline is {self.outline!r}, no pattern: {error}") from error
-        self._check("outline", num_groups == 1, f"has {num_groups} groups, must have 1, the label")
+        self._check("outline", pattern.groups == 1, f"has {pattern.groups} groups, must have 1, the label")
+        self._check("outline", pattern.match("") is None, "matches nothing at all")
 
     def _check(self, name: str, condition: bool, message: str) -> None:
         check(condition, f"grammar {self.name!r}: {name} is {getattr(self, name)!r}, {message}")

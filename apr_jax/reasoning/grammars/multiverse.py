@@ -9,7 +9,7 @@ between the tags; the one above is for the eye.)
 Source: Yang et al. 2025, Multiverse (arXiv 2506.09991).
 """
 
-from apr_jax.reasoning.grammars.declaration import Grammar
+from apr_jax.reasoning.grammars.declaration import CONCLUSION_MARKER, Grammar
 
 MULTIVERSE = Grammar(
     name="multiverse",
@@ -20,5 +20,5 @@ MULTIVERSE = Grammar(
     header="<Path>{label}:",
     closer="</Path>",
     after_join="<Conclusion>",
-    conclusion_marker=" =>",  # as the embedded model ends its paths; published ones have no marker
+    conclusion_marker=CONCLUSION_MARKER,
 )

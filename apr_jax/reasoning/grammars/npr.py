@@ -15,7 +15,7 @@ takeaway behind the longest step.
 Source: github.com/bigai-nlco/Native-Parallel-Reasoner (MIT); its client stops at `</guideline>` and `</step>`.
 """
 
-from apr_jax.reasoning.grammars.declaration import Grammar
+from apr_jax.reasoning.grammars.declaration import CONCLUSION_MARKER, Grammar
 
 NPR = Grammar(
     name="npr",
@@ -27,6 +27,7 @@ NPR = Grammar(
     header="<step>\n{label}:",
     closer="</step>",
     after_join="<takeaway>\n",
+    conclusion_marker=CONCLUSION_MARKER,
     max_depth=5,
     max_children=5,
     child_sampling={"repetition_penalty": 1.02},

@@ -9,7 +9,7 @@ request's. They are written back one after another and computed again.
 Source: github.com/zhengkid/Parallel-R1 (MIT), its rollout.
 """
 
-from apr_jax.reasoning.grammars.declaration import Grammar
+from apr_jax.reasoning.grammars.declaration import CONCLUSION_MARKER, Grammar
 
 PARALLEL_R1 = Grammar(
     name="parallel_r1",
@@ -19,6 +19,7 @@ PARALLEL_R1 = Grammar(
     header="<Path>",
     closer="</Path>",
     after_join="</Parallel>\n<Summary>",
+    conclusion_marker=CONCLUSION_MARKER,
     join="prefill",
     nested=False,
     max_child_tokens=4096,

@@ -16,7 +16,7 @@ behind a plan without outlines, and behind a thread without its closer.
 Source: Lian et al. 2025, ThreadWeaver (arXiv 2512.07843).
 """
 
-from apr_jax.reasoning.grammars.declaration import Grammar
+from apr_jax.reasoning.grammars.declaration import CONCLUSION_MARKER, Grammar
 
 THREADWEAVER = Grammar(
     name="threadweaver",
@@ -28,6 +28,7 @@ THREADWEAVER = Grammar(
     header="<Thread>\n{label}:",
     closer="</Thread>",
     after_join="\n",
+    conclusion_marker=CONCLUSION_MARKER,
     join="prefill",
     nested=False,
     max_rounds=32,

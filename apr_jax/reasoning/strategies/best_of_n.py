@@ -10,17 +10,20 @@ from apr_jax.reasoning.strategies.options import StrategyOptions
 from apr_jax.reasoning.strategies.strategy import Strategy
 from apr_jax.tokenizers import Tokenizer
 
+_Judgement = tuple[bool, tuple[bool, float]]  # whether it is accepted, (whether it is whole, its score)
+
 
 class BestOfN(Strategy):
     """Samples of one prompt. With `accept` the first that is accepted, by rank, ends the others; without one, or where
-    none is accepted, the best score wins, ties by ordinal. What scores less than another is released at once.
+    none is accepted, the best score wins, ties by ordinal; one that was cut short scores less than any that was not.
+    What scores less than another is released at once.
     """
 
     name = "best_of_n"
 
     def __init__(self, tokenizer: Tokenizer, options: StrategyOptions):
         super().__init__(tokenizer, options)
-        self._judged: weakref.WeakKeyDictionary[Family, dict[int, tuple[bool, float]]] = weakref.WeakKeyDictionary()
+        self._judged: weakref.WeakKeyDictionary[Family, dict[int, _Judgement]] = weakref.WeakKeyDictionary()
 
     def start(self, request: Request) -> Fork:
         return self._samples(request, self.options.num_samples)
@@ -28,7 +31,7 @@ class BestOfN(Strategy):
     def on_stop(self, thread: Thread, stop: Stop) -> Finish:
         if thread.parent is not None:
             judged = self._judged.setdefault(thread.family, {})
-            judged[thread.id] = self._is_accepted(thread), self._score(thread)
+            judged[thread.id] = self._is_accepted(thread), (self._is_whole(stop), self._score(thread))
         return self._chosen(thread, stop)
 
     def on_child(self, parent: Thread, ended: Sequence[Thread], running: Sequence[Thread]) -> Join | Cancel | Wait:

@@ -16,7 +16,8 @@ from apr_jax.tokenizers import Tokenizer
 
 
 class SelfConsistency(Strategy):
-    """Majority vote. Ties go to the answer that came first; samples without an answer vote for none.
+    """Majority vote. Ties go to the answer that came first; samples without an answer vote for none, nor do those that
+    were cut short where the whole text is the answer.
 
     A sample whose answer an earlier one has given already is not needed any more: its pages come free at once.
     """
@@ -32,7 +33,9 @@ class SelfConsistency(Strategy):
 
     def on_stop(self, thread: Thread, stop: Stop) -> Finish:
         if thread.parent is not None:
-            self._votes.setdefault(thread.family, {})[thread.id] = self.read_answer(self._text(thread))
+            votes = self.options.extract_answer is not None or self._is_whole(stop)
+            answer = self.read_answer(self._text(thread)) if votes else None
+            self._votes.setdefault(thread.family, {})[thread.id] = answer
         return self._chosen(thread, stop)
 
     def on_child(self, parent: Thread, ended: Sequence[Thread], running: Sequence[Thread]) -> Join | Cancel | Wait:

@@ -63,6 +63,10 @@ class Strategy(Program):
         ids = chain_ids(thread)
         return self._tokenizer.decode(ids[:-1] if ids and ids[-1] in self._tokenizer.eos_ids else ids)
 
+    def _is_whole(self, stop: Stop) -> bool:
+        """Whether a sample has ended by itself: it was not cut for want of tokens, pages or time."""
+        return stop.reason in ("eos", "stop_id", "stop_string")
+
     def _prompt(self, thread: Thread) -> str:
         return self._tokenizer.decode(thread.family.root.prompt_ids)
 

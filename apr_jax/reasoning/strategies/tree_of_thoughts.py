@@ -30,11 +30,13 @@ class TreeOfThoughts(TreeSearch):
         self._thoughts = thoughts = options.thoughts
         self._proposes = thoughts.generate == "propose"
 
-        def encode(text: str) -> list[int]:
-            return tokenizer.encode(text, continuation=True) if text else []
+        def encode(text: str, used: bool = True) -> list[int]:
+            return tokenizer.encode(text, continuation=True) if text and used else []
 
-        self._thought_ids, self._propose_ids = encode(thoughts.thought_prompt), encode(thoughts.propose_prompt)
-        self._value_ids, self._answer_ids = encode(thoughts.value_prompt), encode(thoughts.answer_prompt or "")
+        self._thought_ids = encode(thoughts.thought_prompt, not self._proposes)
+        self._propose_ids = encode(thoughts.propose_prompt, self._proposes)
+        self._value_ids = encode(thoughts.value_prompt, thoughts.evaluate == "value")
+        self._answer_ids = encode(thoughts.answer_prompt or "")
 
     def start(self, request: Request) -> Fork:
         if self._proposes:
