@@ -16,15 +16,16 @@ def export_countdown(directory: pathlib.Path, decoder: Decoder) -> None:
       ValueError: the directory holds something else.
     """
     ours = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.model", "README.md"}
-    card = None
-    if directory.exists():
-        others = {entry.name for entry in directory.iterdir()} - ours
-        if others:
-            raise ValueError(f"{directory} holds {sorted(others)}, which an export would remove")
-        card = (directory / "README.md").read_bytes() if (directory / "README.md").exists() else None
-        shutil.rmtree(directory)
+    others = {entry.name for entry in directory.iterdir()} - ours if directory.exists() else set()
+    if others:
+        raise ValueError(f"{directory} holds {sorted(others)}, which an export would remove")
+    fresh = directory.with_name(f".{directory.name}.new")  # the earlier export goes when this one is whole
+    shutil.rmtree(fresh, ignore_errors=True)
     with tempfile.TemporaryDirectory() as source:
         (pathlib.Path(source) / "tokenizer.model").write_bytes(build_sentencepiece_model())
-        export_hf(directory, decoder, source)
-    if card is not None:
-        (directory / "README.md").write_bytes(card)
+        export_hf(fresh, decoder, source)
+    if directory.exists():
+        if (directory / "README.md").exists():
+            shutil.copyfile(directory / "README.md", fresh / "README.md")
+        shutil.rmtree(directory)
+    fresh.rename(directory)

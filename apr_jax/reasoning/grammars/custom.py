@@ -12,7 +12,8 @@
     [child_sampling]
     repetition_penalty = 1.02
 
-Keys without a default must be there; what contradicts is refused.
+Keys without a default must be there; what contradicts is refused. A task's prompts go by `name`: with
+`name = "multiverse"` the embedded model gets those on which it writes Multiverse's blocks.
 """
 
 import dataclasses
