@@ -88,8 +88,8 @@ def _shards(directory: Path) -> list[Path]:
     index = directory / INDEX_FILE
     check(index.is_file(), f"{directory} holds neither {SINGLE_FILE} nor {INDEX_FILE}")
     weight_map = read_json(index).get("weight_map") or {}
-    sound = isinstance(weight_map, dict) and weight_map and all(isinstance(name, str) for name in weight_map.values())
-    check(sound, f"{index} holds no weight_map from tensors to files")
+    sound = isinstance(weight_map, dict) and all(isinstance(name, str) for name in weight_map.values())
+    check(sound and bool(weight_map), f"{index} holds no weight_map from tensors to files")
     shards = sorted(set(weight_map.values()))
     for shard in shards:
         check((directory / shard).is_file(), f"{index} names {shard}, which is missing")
