@@ -41,10 +41,8 @@ def test_one_object_with_every_key(tmp_path, model):
     )
     assert code == 0, err
     content = json.loads(path.read_text())
-    assert list(content) == [
-        *("text", "answer", "correct", "program", "threads", "metrics"),
-        *("finish_reason", "degraded"),
-    ]
+    keys = ["text", "answer", "correct", "program", "threads", "metrics", "finish_reason", "degraded"]
+    assert list(content) == keys
     assert list(content["metrics"]) == METRICS
     assert content["program"] == "multiverse" and content["correct"] is None
     root = content["threads"][0]
