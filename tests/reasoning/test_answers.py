@@ -104,7 +104,7 @@ def test_a_program_that_waits_for_nothing_ends():
 
 def test_children_with_too_many_stops_degrade():
     tokenizer = byte_tokenizer()
-    grammar = dataclasses.replace(MULTIVERSE, join="conclusion", conclusion_marker="<Goal>")
+    grammar = dataclasses.replace(MULTIVERSE, join="conclusion", conclusion_marker="</Conclusion>")
     stops = dataclasses.replace(LONG, stop_ids=(1, 2, 3, 4, 5))  # with two tags and the end: 8; in children 9
     engine = scripted_engine(Transcripts(tokenizer, {"": f"{PLAN} end"}), tokenizer)
     out = engine.generate("P", GrammarProgram(grammar, tokenizer), sampling=stops)
