@@ -15,6 +15,7 @@ from apr_jax.reasoning.deciding import by_text
 from apr_jax.reasoning.program import Guards, Parallelism, Program
 from apr_jax.reasoning.programs import make_program
 from apr_jax.reasoning.strategies.options import StrategyOptions
+from apr_jax.reasoning.wrapped import InTurns
 from apr_jax.tasks.task import Task
 
 _JOIN = flags.DEFINE_enum(
@@ -45,6 +46,9 @@ _GUARDS: dict[str, flags.FlagHolder] = {
     name: flags.DEFINE_integer(name, getattr(Guards(), name), f"{text} Beyond it a request goes on in plain text.")
     for name, text in _BOUNDS.items()
 }
+_GUARDS["max_width"] = flags.DEFINE_integer(
+    "max_width", None, "Children of one fork that run side by side; the next one begins when one of them ends."
+)
 _GUARDS["max_wall_s"] = flags.DEFINE_float("max_wall_s", None, "Seconds of a request; then it ends with what it has.")
 
 
@@ -119,4 +123,5 @@ def chosen_program(engine: Engine, text: str, task: Task | None, num_samples: in
         wanted = spec.when or _WHEN.value
         if wanted not in (None, "all"):
             when = read_when(wanted, None if accept is None else by_text(engine.tokenizer, accept))
-    return make_program(spec.name, engine.tokenizer, join=join, when=when, options=options)
+    program = make_program(spec.name, engine.tokenizer, join=join, when=when, options=options)
+    return program if spec.max_width is None else InTurns(program, spec.max_width)

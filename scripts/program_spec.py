@@ -2,6 +2,7 @@
 
     multiverse                          as the model was trained
     multiverse+when=first               a join happens at the first path that solves the problem
+    multiverse+when=first+max_width=1   the same, one path after the other: no token is spent on paths behind that one
     multiverse+join=conclusion          only conclusions are kept at joins
     best_of_n+score=checker             samples are judged by the task's checker, the first right one ends the others
     best_of_n+score=checker+when=all    the same, but all samples are heard
@@ -41,6 +42,7 @@ class ProgramSpec:
       join, when: of a grammar's threads. Of best_of_n, `when` is `first` or `all`.
       num_samples: of a strategy.
       score: of a strategy: what says which sample is best.
+      max_width: children of one fork that run side by side.
     """
 
     label: str
@@ -49,6 +51,7 @@ class ProgramSpec:
     when: str | None = None
     num_samples: int | None = None
     score: Score = "logprob"
+    max_width: int | None = None
 
     @property
     def is_strategy(self) -> bool:
@@ -79,6 +82,8 @@ def read_spec(text: str) -> ProgramSpec:
     allowed = STRATEGY_OPTIONS.get(name, ())
     if spec.takes_when:
         allowed = ("join", "when") if spec.takes_join else ("when",)
+    if name != "sequential":
+        allowed = (*allowed, "max_width")
     seen = set()
     for option in options:
         key, _, value = option.partition("=")
@@ -107,7 +112,7 @@ def _with_option(spec: ProgramSpec, key: str, value: str) -> ProgramSpec:
         check(value in get_args(Score), f"{where}, must be one of {', '.join(get_args(Score))}")
         return dataclasses.replace(spec, score=cast(Score, value))
     check(value.isdecimal() and int(value) >= 1, f"{where}, must be a number >= 1")
-    return dataclasses.replace(spec, num_samples=int(value))
+    return dataclasses.replace(spec, **{key: int(value)})
 
 
 def read_when(text: str, accept: Accept | None, where: str | None = None) -> When:

@@ -70,7 +70,7 @@ class ThreadView:
                 for child_id in event.child_ids:
                     self._threads[child_id].status = "joined"
             case events.StopEvent() if state is not None:
-                state.status = "done"
+                state.status = "waiting" if event.reason == "held" else "done"
             case events.FinishEvent() if state is not None and event.cancelled:
                 state.status = "cancelled"
             case events.DegradeEvent() if state is not None:

@@ -72,7 +72,8 @@ class EngineCore(Detours):
         Args:
           thread: one that has stopped. Its last token is computed once for all children, or, if some child has no
             forced token, by every child at its own position.
-          token_lists: forced tokens of each child; may be empty.
+          token_lists: forced tokens of each child; may be empty. Children that are held (`Family.max_width`) do not
+            have theirs yet.
           sampling: one for all children or one each.
           drop: how many of the thread's last tokens are taken back first, so that neither it nor its children hold
             them: all of them behind its last join. Every child then needs forced tokens.
@@ -117,7 +118,8 @@ class EngineCore(Detours):
             child.start_position = context.next_position + len(carried)
             child.pending = list(carried)
             child.num_to_seal = len(carried)
-            self._force(child, ids)
+            if not self._is_held(child):
+                self._force(child, ids)
             children.append(child)
         thread.carried = carried
         self._suspend(thread, children)

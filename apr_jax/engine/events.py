@@ -72,11 +72,13 @@ class ForkEvent(Event):
     """A thread was suspended; the forced tokens of its children follow as events of theirs.
 
     Attributes:
+      max_width: how many children run side by side; those that are held (a StopEvent says so) begin as others end.
       prompts: of spawned children, which start from a context of their own; none if the children were forked.
     """
 
     child_ids: tuple[int, ...]
     prompts: tuple[tuple[int, ...], ...] = ()
+    max_width: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

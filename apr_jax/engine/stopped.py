@@ -7,7 +7,7 @@ from typing import NamedTuple
 from apr_jax.config import check
 from apr_jax.engine import events
 from apr_jax.engine.loop import Loop
-from apr_jax.engine.thread import Status, Thread
+from apr_jax.engine.thread import Status, Stop, Thread
 from apr_jax.types import SamplingParams
 
 
@@ -36,12 +36,21 @@ class StoppedThreads(Loop):
         thread.num_forks += 1
         thread.children = children
         prompts = tuple(tuple(child.prompt_ids) for child in children if child.prompt_ids)
-        self.emit(events.ForkEvent, thread, child_ids=tuple(child.id for child in children), prompts=prompts)
+        ids, max_width = tuple(child.id for child in children), thread.family.max_width
+        self.emit(events.ForkEvent, thread, child_ids=ids, prompts=prompts, max_width=max_width)
         for child in children:
             if child.prompt_ids:
                 self._emit_keys(child, len(child.prompt_ids) - len(child.pending), "cached")
-            if child.token_ids:
+            if self._is_held(child):
+                child.status, child.stop = Status.STOPPED, Stop("held")
+                self.emit(events.StopEvent, child, reason="held")
+            elif child.token_ids:
                 self._emit_forced(child, child.token_ids)
+
+    def _is_held(self, child: Thread) -> bool:
+        """Whether a new child begins only when siblings have ended."""
+        max_width = child.family.max_width
+        return max_width is not None and child.path[-1][1] >= max_width
 
     def _force(self, thread: Thread, ids: Sequence[int]) -> None:
         thread.token_ids += ids

@@ -25,7 +25,7 @@ class Status(enum.Enum):
 WANTS_TO_RUN = (Status.WAITING, Status.RUNNING)
 
 StopReason = Literal[
-    "stop_id", "stop_string", "eos", "length", "context", "pages", "prefilled", "cancelled", "wall_clock"
+    "stop_id", "stop_string", "eos", "length", "context", "pages", "prefilled", "cancelled", "wall_clock", "held"
 ]
 
 
@@ -36,7 +36,8 @@ class Stop:
     Attributes:
       reason: `stop_id`, `eos`: that token was sampled and is the thread's last; `stop_string`: the text holds it;
         `length`: max_new_tokens; `context`: the model's context window; `pages`: a family's bound or the pool;
-        `prefilled`: nothing was to be sampled; `wall_clock`: whoever drives it ran out of time.
+        `prefilled`: nothing was to be sampled; `wall_clock`: whoever drives it ran out of time; `held`: it has not
+        begun, as its siblings run first.
       token_id: the token for `stop_id` and `eos`.
       string: the string for `stop_string`.
     """
@@ -81,6 +82,8 @@ class Family:
     Attributes:
       max_pages: unique pages that it may hold, within the engine's own bound; None is no bound of its own.
       yields: beyond its first thread it takes no rows but within an even share of all of them.
+      max_width: children of one fork that begin with it; None: all. The others are held: they have stopped and said
+        nothing. Whoever drives the family lets them go on (`append`, with their forced tokens) as their siblings end.
     """
 
     def __init__(self, family_id: int, seed: int, max_pages: int | None = None):
@@ -88,6 +91,7 @@ class Family:
         self.seed = seed
         self.max_pages = max_pages
         self.yields = False
+        self.max_width: int | None = None
         self.threads: list[Thread] = []
         self.counters = Counters()
 

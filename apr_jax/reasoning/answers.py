@@ -8,7 +8,7 @@ from apr_jax.engine import events
 from apr_jax.engine.engine import EngineCore
 from apr_jax.engine.joining import joined_len
 from apr_jax.engine.thread import WANTS_TO_RUN, Status, Thread
-from apr_jax.reasoning.deciding import cut_record
+from apr_jax.reasoning.deciding import cut_records
 from apr_jax.reasoning.metrics import descendants
 from apr_jax.reasoning.program import (
     Action,
@@ -148,7 +148,20 @@ class Answers:
         except OutOfPages as error:
             return str(error)
         run.budget.give(children, limit)
+        forced = [()] * len(children) if is_spawn else action.token_lists
+        held = [c.status is Status.STOPPED for c in children]
+        run.held |= {c.id: ids for c, ids, waits in zip(children, forced, held, strict=True) if waits}
         return None
+
+    def _begin_held(self, run: Run, parent: Thread) -> None:
+        """Lets held children go on, in their order, where fewer of their siblings want to run than may."""
+        running = sum(any(t.status in WANTS_TO_RUN for t in descendants(child)) for child in parent.children)
+        for child in parent.children:
+            if child.id in run.held and running < (parent.family.max_width or 0):
+                tokens = run.held.pop(child.id)
+                if not child.is_done:
+                    running += 1
+                    self._append(run, child, tokens, None)
 
     def _unsound(self, sampling: Sequence[SamplingParams]) -> str | None:
         """Why the engine would refuse these parameters: a program's stops and the request's may be too many."""
@@ -201,11 +214,9 @@ class Answers:
         """Takes from the record of the parent's other children what lies beyond a decision."""
         if limit is None:
             return
-        for child in parent.children:
-            if child not in kept:
-                for thread, count in cut_record(child, limit):
-                    thread.family.counters.overshoot_tokens += count
-                    self.core.emit(events.RewindEvent, thread, num_tokens=count)
+        for thread, count in cut_records(parent.children, limit, kept):
+            thread.family.counters.overshoot_tokens += count
+            self.core.emit(events.RewindEvent, thread, num_tokens=count)
 
     def _finish(self, run: Run, thread: Thread, reason: str) -> None:
         if thread is run.root:

@@ -1,8 +1,9 @@
 """How many tokens each thread of a request may still add: a tree of limits, the same whatever runs beside it.
 
 A thread's limit bounds four things at once, forced tokens counted: the critical path through it, the tokens
-of it and everything below it, its own tokens, and its context. At a fork the children get what is left of the first,
-an even share of the second, and the last as it is; what the join will force is kept back.
+of it and everything below it, its own tokens, and its context. At a fork the children get what is left of the first
+(an even share of it, if they follow each other), an even share of the second, and the last as it is; what the join will
+force is kept back.
 """
 
 import dataclasses
@@ -121,9 +122,11 @@ class Budget:
         context = limit.context - closing
         bounds = [self._guards.max_thread_tokens, None if limit.context == UNLIMITED else limit.context - start]
         own = min((bound - closing for bound in bounds if bound is not None), default=None)
+        count = len(fork.token_lists)
+        in_a_row = -(-count // (self._guards.max_width or count))  # children that follow each other
         share = Limit(
-            path=limit.path - critical_path(thread) - kept - closing,
-            total=left // (fork.num_dealt or len(fork.token_lists)) - closing,
+            path=(limit.path - critical_path(thread) - kept) // in_a_row - closing,
+            total=left // (fork.num_dealt or count) - closing,
             own=own,
             context=context,
         )

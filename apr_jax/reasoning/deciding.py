@@ -1,8 +1,9 @@
 """When a join happens: values that any program can be run under, and the order that makes them fair.
 
-Children are ranked by their tokens since the fork, counted along the critical path, ties by ordinal. An ended child is
-*settled* once no running sibling can come before it: running siblings only grow. What is decided from settled children
-alone, in their order, does not depend on what else the engine runs, in which batches or with how many pages.
+Children are ranked by when they end, in tokens since the fork, counted along the critical path, ties by ordinal. An
+ended child is *settled* once no running sibling can come before it: running siblings only grow, and those that are held
+(`Guards.max_width`) begin no sooner for it. What is decided from settled children alone, in their order, does not
+depend on what else the engine runs, in which batches or with how many pages.
 """
 
 import dataclasses
@@ -11,22 +12,11 @@ from typing import Protocol
 
 from apr_jax.config import check
 from apr_jax.engine.joining import flatten
-from apr_jax.engine.thread import Stop, Thread
-from apr_jax.reasoning.metrics import critical_path
-from apr_jax.reasoning.program import (
-    Action,
-    Append,
-    Cancel,
-    Finish,
-    Fork,
-    Guards,
-    Join,
-    Keep,
-    Mark,
-    Program,
-    Request,
-    Wait,
-)
+from apr_jax.engine.spans import spans
+from apr_jax.engine.thread import Thread
+from apr_jax.reasoning.metrics import critical_path, forked_path, joined_path, ordinal
+from apr_jax.reasoning.program import Cancel, Finish, Join, Keep, Program, Wait
+from apr_jax.reasoning.wrapped import Wrapped
 from apr_jax.tokenizers import Tokenizer
 
 Accept = Callable[[Thread], bool]
@@ -74,13 +64,14 @@ class Quorum:
         check(self.count >= 1, f"count is {self.count}, must be >= 1")
 
     def decide(self, ended: Sequence[Thread], running: Sequence[Thread]) -> Decision | None:
-        candidates = sorted(ended, key=rank) if self.arrival else settled(ended, running)
+        times = Times(ended, running)
+        candidates = times.ranked(ended) if self.arrival else times.settled(ended)
         chosen: list[Thread] = []
         for child in candidates:
             if self.accept is None or self.accept(child):
                 chosen.append(child)
             if len(chosen) == self.count:
-                return Decision(_in_order(chosen), None if self.arrival else critical_path(child))
+                return Decision(sorted(chosen, key=ordinal), None if self.arrival else times.end(child))
         return None if running else Decision(ended, None)
 
 
@@ -99,8 +90,9 @@ class Deadline:
         check(self.tokens >= 1, f"a deadline is {self.tokens} tokens, must be >= 1")
 
     def decide(self, ended: Sequence[Thread], running: Sequence[Thread]) -> Decision | None:
-        in_time = [child for child in ended if critical_path(child) <= self.tokens]
-        if any(least_path(child) <= self.tokens for child in running):
+        times = Times(ended, running)
+        in_time = [child for child in ended if times.end(child) <= self.tokens]
+        if any(times.end(child) <= self.tokens for child in running):
             return None
         if in_time:
             return Decision(in_time, self.tokens)
@@ -118,44 +110,78 @@ def by_text(tokenizer: Tokenizer, accept: Callable[[str, str], bool]) -> Accept:
     return accept_child
 
 
-def rank(child: Thread) -> tuple[int, int]:
-    """Where an ended child comes among its siblings."""
-    return critical_path(child), ordinal(child)
+class Times:
+    """When the children of a fork end, in tokens since the fork along the critical path.
+
+    Args:
+      ended, running: children of one fork, which is not joined yet. Others of it were cancelled.
+    """
+
+    def __init__(self, ended: Sequence[Thread], running: Sequence[Thread]):
+        self._running = running
+        grow = {child.id for child in running}
+        first = next(iter((*ended, *running)), None)
+        parent = None if first is None else first.parent
+        siblings = [] if parent is None else parent.children
+        lengths = [(_least_path(c), True) if c.id in grow else (critical_path(c), False) for c in siblings]
+        found = spans(lengths, None if first is None else first.family.max_width)
+        self._spans = {child.id: span for child, span in zip(siblings, found, strict=True)}
+
+    def end(self, child: Thread) -> int:
+        """When it ends, at the earliest. For what comes before all that running ones can do that is when it does."""
+        return self._spans[child.id].end
+
+    def is_known(self, child: Thread) -> bool:
+        """Whether an ended child's rank will change no more."""
+        return self._spans[child.id].is_known
+
+    def rank(self, child: Thread) -> tuple[int, int]:
+        """Where a child comes among its siblings."""
+        return self.end(child), ordinal(child)
+
+    def ranked(self, children: Iterable[Thread]) -> list[Thread]:
+        return sorted(children, key=self.rank)
+
+    def settled(self, children: Iterable[Thread]) -> list[Thread]:
+        """Ended children by rank, as far as no running sibling can come before or between them."""
+        earliest = min(map(self.rank, self._running), default=None)
+        return [child for child in self.ranked(children) if earliest is None or self.rank(child) < earliest]
 
 
-def ordinal(child: Thread) -> int:
-    return child.path[-1][1]
-
-
-def settled(ended: Sequence[Thread], running: Sequence[Thread]) -> list[Thread]:
-    """Ended children by rank, as far as no running sibling can come before or between them."""
-    earliest = min(((least_path(child), ordinal(child)) for child in running), default=None)
-    ranked = sorted(ended, key=rank)
-    return [child for child in ranked if earliest is None or rank(child) < earliest]
-
-
-def least_path(thread: Thread) -> int:
+def _least_path(thread: Thread) -> int:
     """The critical path that a thread which still runs will have at least. Of children that are not joined yet, the
     one that is behind may be what is waited for.
     """
-    joined = sum(max(map(critical_path, (*r.children, *r.dropped)), default=0) for r in thread.joins)
-    behind = min((least_path(child) for child in thread.children if not child.is_done), default=0)
-    return len(thread.token_ids) + joined + behind
+    alive = [child for child in thread.children if not child.is_done]
+    times = Times([], alive)
+    behind = min(map(times.end, alive), default=0)
+    return len(thread.token_ids) + joined_path(thread) + behind
 
 
-def cut_record(thread: Thread, limit: int) -> Iterator[tuple[Thread, int]]:
-    """Takes from a cancelled thread's record, and from those of all threads below it, the tokens that lie beyond
-    `limit` on their chain. Yields which threads lost how many.
+def cut_records(children: Sequence[Thread], limit: int, kept: Sequence[Thread] = ()) -> Iterator[tuple[Thread, int]]:
+    """Takes from the records of a fork's cancelled children, and from those of all threads below them, the tokens that
+    lie beyond `limit` since the fork. Yields which threads lost how many.
+
+    Args:
+      children: all of the fork, in its order. kept: those of them that keep all.
     """
+    lengths = [(critical_path(child), False) for child in children]
+    found = spans(lengths, children[0].family.max_width if children else None)
+    for child, span in zip(children, found, strict=True):
+        if child not in kept:
+            yield from _cut_record(child, max(0, limit - span.start))
+
+
+def _cut_record(thread: Thread, limit: int) -> Iterator[tuple[Thread, int]]:
+    """The same of one child, with `limit` since it began."""
     start = kept = 0
     ends = [record.at for record in thread.joins]
     for number, children in enumerate(_forks(thread)):
         end = ends[number] if number < len(ends) else len(thread.token_ids)
         own = min(end - start, limit)
         kept, limit, start = kept + own, limit - own, end
-        for child in children:
-            yield from cut_record(child, limit)
-        limit -= max(map(critical_path, children))
+        yield from cut_records(children, limit)
+        limit -= forked_path(children)
     kept += min(len(thread.token_ids) - start, limit)
     count = len(thread.token_ids) - kept
     if count:
@@ -174,23 +200,12 @@ def _forks(thread: Thread) -> list[list[Thread]]:
     return forks
 
 
-def _in_order(children: Sequence[Thread]) -> list[Thread]:
-    return sorted(children, key=ordinal)
-
-
-class Deciding(Program):
+class Deciding(Wrapped):
     """Another program, whose joins happen when `when` says."""
 
     def __init__(self, program: Program, when: When):
-        self.name, self.block, self.fork_tags = program.name, program.block, program.fork_tags
-        self._program = program
+        super().__init__(program)
         self._when = when
-
-    def start(self, request: Request) -> Append | Fork:
-        return self._program.start(request)
-
-    def on_stop(self, thread: Thread, stop: Stop) -> Append | Mark | Fork | Wait | Finish:
-        return self._program.on_stop(thread, stop)
 
     def on_child(
         self, parent: Thread, ended: Sequence[Thread], running: Sequence[Thread]
@@ -199,20 +214,5 @@ class Deciding(Program):
         decision = self._when.decide(ended, running)
         if decision is None:
             return Wait()
-        action = self._program.on_child(parent, decision.children, [])
+        action = super().on_child(parent, decision.children, [])
         return dataclasses.replace(action, cut=decision.cut) if isinstance(action, Join) else action
-
-    def on_joined(self, thread: Thread) -> Wait | Finish:
-        return self._program.on_joined(thread)
-
-    def on_refused(self, thread: Thread, reason: str) -> Append | Finish:
-        return self._program.on_refused(thread, reason)
-
-    def on_idle(self, threads: Sequence[Thread]) -> Iterable[tuple[Thread, Action]]:
-        return self._program.on_idle(threads)
-
-    def widened(self, guards: Guards) -> Guards:
-        return self._program.widened(guards)
-
-    def read_answer(self, text: str) -> str | None:
-        return self._program.read_answer(text)

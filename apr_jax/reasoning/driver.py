@@ -59,6 +59,7 @@ class Driver(Hybrid):
         params = dataclasses.replace(sampling, max_new_tokens=granted)
         root = self.core.submit(request.token_ids, sampling=params, max_pages=request.guards.max_family_pages)
         root.family.yields = request.parallelism == "auto"
+        root.family.max_width = request.guards.max_width
         run = Run(request, program, root, budget, self.clock(), None if at_once else action, self.clock, tags)
         budget.start(root)
         if at_once and granted == 0 < wanted:
@@ -131,6 +132,8 @@ class Driver(Hybrid):
             alive = [child for child in parent.children if not child.is_done]
             if not alive or any(child.id in run.ended for child in alive):
                 self._ask_parent(run, parent)
+            if parent.status is Status.FORKED and run.held:
+                self._begin_held(run, parent)
         if run.finish_reason is None and not any(t.status in WANTS_TO_RUN for t in threads):
             self._idle(run)
 

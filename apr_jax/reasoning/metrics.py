@@ -4,7 +4,8 @@ A thread's tokens count, forced or sampled: headers, closers and what follows a 
 Prompts do not, neither a spawned child's. With T all tokens of all threads, cancelled ones too, and L the
 critical path:
 
-    L(thread) = its own tokens + for each fork: the largest L of its children
+    L(thread) = its own tokens + for each fork: the largest L of its children; or, where only some of them run side by
+                side (`Guards.max_width`), the time in which they all do, one token a tick (`engine/spans.py`)
     acceleration ratio = 1 - L / T
     parallel ratio = (tokens of all children + the root's tokens inside blocks, tags included) / T
 
@@ -20,6 +21,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 
 from apr_jax.engine.joining import flatten
+from apr_jax.engine.spans import makespan
 from apr_jax.engine.thread import Thread
 
 
@@ -58,8 +60,23 @@ class Metrics:
 
 def critical_path(thread: Thread) -> int:
     """L: tokens on the longest chain through the thread and its children."""
-    groups = [(*record.children, *record.dropped) for record in thread.joins] + [thread.children]
-    return len(thread.token_ids) + sum(max(map(critical_path, group), default=0) for group in groups)
+    return len(thread.token_ids) + joined_path(thread) + forked_path(thread.children)
+
+
+def joined_path(thread: Thread) -> int:
+    """What the thread's joined forks add to its critical path."""
+    return sum(forked_path((*record.children, *record.dropped)) for record in thread.joins)
+
+
+def forked_path(children: Iterable[Thread]) -> int:
+    """What all children of one fork add to the critical path of their parent."""
+    children = sorted(children, key=ordinal)
+    return makespan(map(critical_path, children), children[0].family.max_width) if children else 0
+
+
+def ordinal(child: Thread) -> int:
+    """A child's place in its fork."""
+    return child.path[-1][1]
 
 
 def descendants(thread: Thread) -> Iterator[Thread]:

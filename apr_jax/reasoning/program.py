@@ -25,6 +25,9 @@ class Guards:
       max_depth: forks above a thread; 0 forbids forking.
       max_fan_out: children of one fork; the first ones are kept.
       max_rounds: forks of one thread.
+      max_width: children of one fork that run side by side; the next one begins when one of them ends or waits. Where
+        joins need not wait for all, children that have not begun cost nothing: fewer tokens for a longer critical
+        path, which counts their waiting, and is shared among those that follow each other. None: all.
       max_thread_tokens: tokens of one thread, forced ones counted; None is no bound of its own.
       max_family_tokens: tokens of all threads of a request. A fork divides what is left evenly among the
         children, and what they leave over goes back at the join, so that the outcome does not depend on
@@ -42,6 +45,7 @@ class Guards:
     max_depth: int = 5
     max_fan_out: int = 32
     max_rounds: int = 32
+    max_width: int | None = None
     max_thread_tokens: int | None = None
     max_family_tokens: int = 1_000_000
     max_family_pages: int | None = None

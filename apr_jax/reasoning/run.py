@@ -1,7 +1,7 @@
 """One request on its way: what the driver knows of it."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from apr_jax.engine.thread import Thread
 from apr_jax.reasoning.budget import Budget
@@ -18,6 +18,7 @@ class Run:
       finish_reason: why the root ended; None while it runs.
       error: what the program raised; the request ended there.
       clock: seconds since some moment.
+      held: forced tokens of children that have not begun, by thread id.
       restrained: the program's fork tags, if the request's parallelism is not `on`.
       is_late: its time is over; what still happens winds it up.
     """
@@ -32,6 +33,7 @@ class Run:
     restrained: Tags | None = None
     ended_s: float = 0.0
     ended: set[int] = dataclasses.field(default_factory=set)  # ids of threads that Finish was said for
+    held: dict[int, Sequence[int]] = dataclasses.field(default_factory=dict)
     starved: set[int] = dataclasses.field(default_factory=set)  # ids of threads with nothing left to sample
     degraded: list[tuple[Thread, str]] = dataclasses.field(default_factory=list)
     finish_reason: str | None = None

@@ -169,13 +169,13 @@ class Recorder:
                 added = [self._add(event, i, number, p) for i, p in zip(event.child_ids, prompts, strict=True)]
                 children = [child for child in added if child is not None]
                 self._said[number].place(["fork", len(thread.forks)])
-                thread.forks.append(Fork(step, ms, children, bool(event.prompts)))
+                thread.forks.append(Fork(step, ms, children, bool(event.prompts), event.max_width))
                 thread.status = "forked"
             case events.JoinEvent():
                 self._join(thread, event)
             case events.StopEvent():
                 thread.stops.append([step, event.reason])
-                thread.status = "stopped"
+                thread.status = "waiting" if event.reason == "held" else "stopped"
             case events.PreemptEvent():
                 self._preempt(thread, event)
             case events.DegradeEvent():

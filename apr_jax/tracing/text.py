@@ -4,6 +4,7 @@ from array import array
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from apr_jax.engine.spans import spans
 from apr_jax.tracing.trace import ThreadTrace
 
 
@@ -56,20 +57,22 @@ class Transcript:
 
 
 def critical_path(threads: Sequence[ThreadTrace], roots: Sequence[int]) -> None:
-    """Fills in `critical_path` and `on_path`: a thread's own tokens, and of each fork its longest child.
+    """Fills in `critical_path` and `on_path`: a thread's own tokens, and of each fork the child that ends last, with
+    those that ran in its row before it.
 
     Args:
       threads: parents before their children.
     """
-    longest: dict[tuple[int, int], int] = {}  # (thread, fork) -> its child with the longest path
+    waited_for: list[list[int]] = [[] for _ in threads]
     for thread in reversed(threads):
-        for number, fork in enumerate(thread.forks):
-            if fork.children:
-                longest[thread.id, number] = max(fork.children, key=lambda i: (threads[i].critical_path, -i))
-        waited = (threads[longest[thread.id, n]].critical_path for n, f in enumerate(thread.forks) if f.children)
-        thread.critical_path, thread.on_path = thread.num_tokens + sum(waited), False
+        thread.critical_path, thread.on_path = thread.num_tokens, False
+        for fork in filter(lambda fork: fork.children, thread.forks):
+            found = spans([(threads[child].critical_path, False) for child in fork.children], fork.max_width)
+            last = max(found, key=lambda span: span.end)
+            thread.critical_path += last.end
+            waited_for[thread.id] += [i for i, span in zip(fork.children, found, strict=True) if span.row == last.row]
     on_path = list(roots)
     while on_path:
         thread = threads[on_path.pop()]
         thread.on_path = True
-        on_path += [longest[thread.id, n] for n, fork in enumerate(thread.forks) if fork.children]
+        on_path += waited_for[thread.id]

@@ -32,6 +32,7 @@ class Fork:
     ms: float
     children: list[int]
     spawned: bool
+    max_width: int | None = None  # children that run side by side
 
 
 @dataclasses.dataclass

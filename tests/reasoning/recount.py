@@ -31,6 +31,7 @@ class Node:
         self.carried = 0
         self.flushed = False
         self.ended = self.called = False
+        self.max_width: int | None = None
         self.segments: tuple[events.SegmentState, ...] = ()
 
     @property
@@ -128,6 +129,7 @@ class Recount:
         node.carried = 0 if spawned else node.unfed
         lengths = [len(prompt) for prompt in event.prompts] or [0] * len(event.child_ids)
         node.called = node.called or spawned
+        node.max_width = event.max_width
         node.children = [Node(node, 0 if spawned else node.seen, n or node.carried, n) for n in lengths]
         node.items.append(node.children)
         if not spawned:
@@ -207,11 +209,12 @@ class Recount:
                 for node, i in list(at.items()):
                     children = node.items[i] if i < len(node.items) else None
                     if isinstance(children, list):
-                        begun = [child for child in children if child in at]
-                        if len(begun) < len(children):
-                            at |= dict.fromkeys(children, 0)
+                        going = [c for c in children if c in at and at[c] < len(c.items)]
+                        held = [c for c in children if c not in at]
+                        if held and len(going) < (node.max_width or len(children)):
+                            at[held[0]] = 0
                             moved = True
-                        elif all(at[child] == len(child.items) for child in children):
+                        elif not held and not going:
                             at[node], moved = i + 1, True
             going = [node for node, i in at.items() if i < len(node.items) and isinstance(node.items[i], int)]
             if not going:

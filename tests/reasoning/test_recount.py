@@ -54,7 +54,7 @@ def test_random_trees(group):
         for seed in range(start, start + 10):
             sampling = SamplingParams(max_new_tokens=[30, 150, 390][seed % 3], seed=seed, stop_ids=(1,))
             prompt = [7] * (seed % 3 * 6) + [8 + seed % 9] * (1 + seed % 4)
-            guards = Guards(max_family_tokens=800, max_rounds=4)
+            guards = Guards(max_family_tokens=800, max_rounds=4, max_width=[None, 2, None, 1][seed % 4])
             requests.append((Request(token_ids=prompt, sampling=sampling, guards=guards), wild_program(seed)))
         outs += run_and_recount(engine, requests)
     assert sum(out.metrics.num_threads for out in outs) > 200, "the trees are too small to show anything"

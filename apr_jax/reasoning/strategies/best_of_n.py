@@ -4,7 +4,8 @@ import weakref
 from collections.abc import Sequence
 
 from apr_jax.engine.thread import Family, Stop, Thread
-from apr_jax.reasoning.deciding import first, ordinal
+from apr_jax.reasoning.deciding import first
+from apr_jax.reasoning.metrics import ordinal
 from apr_jax.reasoning.program import Cancel, Finish, Fork, Join, Request, Wait
 from apr_jax.reasoning.strategies.options import StrategyOptions
 from apr_jax.reasoning.strategies.strategy import Strategy

@@ -7,8 +7,7 @@ import weakref
 from collections.abc import Sequence
 
 from apr_jax.engine.thread import Family, Stop, Thread
-from apr_jax.reasoning.deciding import rank, settled
-from apr_jax.reasoning.metrics import critical_path
+from apr_jax.reasoning.deciding import Times
 from apr_jax.reasoning.program import Cancel, Finish, Fork, Join, Request, Wait
 from apr_jax.reasoning.strategies.options import StrategyOptions
 from apr_jax.reasoning.strategies.strategy import Strategy
@@ -41,17 +40,19 @@ class SelfConsistency(Strategy):
     def on_child(self, parent: Thread, ended: Sequence[Thread], running: Sequence[Thread]) -> Join | Cancel | Wait:
         votes = self._votes.get(parent.family, {})
         voters = [child for child in parent.children if child.id in votes and child not in running]
-        ranked = settled(voters, running)
+        times = Times(voters, running)
+        ranked = times.settled(voters)
         found = decide_vote([votes[child.id] for child in ranked], num_voters=len(voters) + len(running))
         if found is not None:
             winner, num_counted = found
-            return self._select(parent, [ranked[winner]], critical_path(ranked[num_counted - 1]))
+            return self._select(parent, [ranked[winner]], times.end(ranked[num_counted - 1]))
         if not running:
             return self._select(parent, [])  # all samples were cancelled from outside
         first: dict[str | None, Thread] = {}
-        for child in sorted(ended, key=rank):
+        placed = times.ranked(filter(times.is_known, ended))
+        for child in placed:
             first.setdefault(votes[child.id], child)
-        repeated = [child for child in ended if first[votes[child.id]] is not child]
+        repeated = [child for child in placed if first[votes[child.id]] is not child]
         return Cancel(repeated) if repeated else Wait()
 
     def read_answer(self, text: str) -> str | None:
