@@ -158,6 +158,11 @@ class Thread:
         return self.status in (Status.FINISHED, Status.CANCELLED)
 
     @property
+    def is_held(self) -> bool:
+        """Whether it waits for siblings to end before it begins."""
+        return self.status is Status.STOPPED and self.stop == Stop("held")
+
+    @property
     def avoided_ids(self) -> tuple[int, ...]:
         """Token ids that must not come next."""
         place, ids = self.avoided

@@ -171,7 +171,7 @@ class ThreadTree:
     def _end(self, thread: Thread, status: Status) -> None:
         for child in thread.children:
             if not child.is_done:
-                self._end(child, Status.CANCELLED if child.status in WANTS_TO_RUN else status)
+                self._end(child, Status.CANCELLED if child.status in WANTS_TO_RUN or child.is_held else status)
         if not thread.is_done:
             assert thread.context is not None
             self._emit_context(thread)

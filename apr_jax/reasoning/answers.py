@@ -149,19 +149,15 @@ class Answers:
             return str(error)
         run.budget.give(children, limit)
         forced = [()] * len(children) if is_spawn else action.token_lists
-        held = [c.status is Status.STOPPED for c in children]
-        run.held |= {c.id: ids for c, ids, waits in zip(children, forced, held, strict=True) if waits}
+        run.held |= {child.id: ids for child, ids in zip(children, forced, strict=True) if child.is_held}
         return None
 
     def _begin_held(self, run: Run, parent: Thread) -> None:
         """Lets held children go on, in their order, where fewer of their siblings want to run than may."""
         running = sum(any(t.status in WANTS_TO_RUN for t in descendants(child)) for child in parent.children)
-        for child in parent.children:
-            if child.id in run.held and running < (parent.family.max_width or 0):
-                tokens = run.held.pop(child.id)
-                if not child.is_done:
-                    running += 1
-                    self._append(run, child, tokens, None)
+        room = (parent.family.max_width or 0) - running
+        for child in [child for child in parent.children if child.is_held][: max(0, room)]:
+            self._append(run, child, run.held.pop(child.id), None)
 
     def _unsound(self, sampling: Sequence[SamplingParams]) -> str | None:
         """Why the engine would refuse these parameters: a program's stops and the request's may be too many."""

@@ -85,7 +85,8 @@ def test_babbling_ends_and_leaks_nothing(name, seed, one_token_tags, num_pages):
     tokenizer = grammar_tokenizer(grammar) if one_token_tags else ByteTokenizer()
     engine = engine_for(babble(tokenizer, pieces_of(grammar), seed), tokenizer, num_pages=num_pages)
     sampling = SamplingParams(max_new_tokens=[40, 100, 290][seed % 3], stop=((), ("zq",))[seed % 2])
-    guards = Guards(max_depth=3, max_fan_out=4, max_thread_tokens=[None, 60][seed % 2], max_family_tokens=1500)
+    bounds = {"max_thread_tokens": [None, 60][seed % 2], "max_width": [None, 2, 1][seed // 2 % 3]}
+    guards = Guards(max_depth=3, max_fan_out=4, max_family_tokens=1500, **bounds)
     join = [None, "stitch", "prefill", "conclusion"][seed % 4]
     program = make_program(name, tokenizer, join)
     outs = engine.generate([f"Prompt {i}" for i in range(4)], program, sampling=sampling, guards=guards)
@@ -140,7 +141,12 @@ def test_babbling_searches_end_and_leak_nothing(seed, one_token_tags, num_pages,
     script = babble(tokenizer, (APR_TAGS, APR_LINES), seed)
     engine = engine_for(script, tokenizer, 450, num_pages=num_pages, max_tail_pages=max_tail_pages)
     sampling = SamplingParams(max_new_tokens=[60, 200, 380][seed % 3], stop=((), ("zq",))[seed % 2])
-    guards = Guards(max_depth=2 - (seed % 5 == 0), max_fan_out=1 + seed % 2, max_family_tokens=1500)
+    guards = Guards(
+        max_depth=2 - (seed % 5 == 0),
+        max_fan_out=1 + seed % 2,
+        max_family_tokens=1500,
+        max_width=[None, 1][seed // 2 % 2],
+    )
     prompts = [f"{'x' * i}{APR_PROMPT}" for i in range(3)] + ["no state"]
     outs = engine.generate(prompts, "apr", sampling=sampling, guards=guards)
     assert_all_pages_free(engine)
@@ -163,6 +169,7 @@ def serve(engine, program, prompts, seed, **fields):
         max_fan_out=4,
         max_family_tokens=1500,
         max_family_pages=[None, 40, 25][seed % 3],
+        max_width=[None, 1, None, 2][seed % 4],
         max_wall_s=[None, 6.0, 25.0][seed // 3 % 3],
     )
     parallelism = ("auto", "off", "on", "auto")[seed // 2 % 4]

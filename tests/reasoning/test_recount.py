@@ -75,7 +75,7 @@ def test_grammars(name, when):
         engine = engine_for(script, tokenizer, num_pages=[512, 40][seed % 2])
         program = make_program(name, tokenizer, join, when)
         sampling = SamplingParams(max_new_tokens=290, stop=("zq",))
-        guards = Guards(max_depth=3, max_fan_out=4, max_family_tokens=1500)
+        guards = Guards(max_depth=3, max_fan_out=4, max_family_tokens=1500, max_width=[None, 2, None, 1][seed])
         requests = [Request(token_ids=[65, 66, 67 + i], sampling=sampling, guards=guards) for i in range(6)]
         outs = run_and_recount(engine, [(request, program) for request in requests])
         num_joins += sum(out.metrics.num_threads > 1 for out in outs)
@@ -103,8 +103,8 @@ def test_strategies(name):
         tokenizer = ByteTokenizer()
         engine = engine_for(babble(tokenizer, pieces, seed), tokenizer, 400, num_pages=[512, 80][seed % 2])
         program = make_program(name, tokenizer, options=StrategyOptions(num_samples=6, beam_width=2))
-        sampling = SamplingParams(max_new_tokens=120, temperature=1.0)
-        requests = [Request(token_ids=[65, 66 + i], sampling=sampling) for i in range(3)]
+        sampling, guards = SamplingParams(max_new_tokens=120, temperature=1.0), Guards(max_width=[None, 2, 1, 3][seed])
+        requests = [Request(token_ids=[65, 66 + i], sampling=sampling, guards=guards) for i in range(3)]
         outs += run_and_recount(engine, [(request, program) for request in requests])
     assert name == "sequential" or any(out.metrics.num_threads > 1 for out in outs)
 

@@ -11,7 +11,8 @@ def test_options_in_any_order():
     other = read_spec("multiverse+when=quorum:2+join=conclusion")
     assert (spec.name, spec.join, spec.when) == (other.name, other.join, other.when)
     assert (spec.name, spec.join, spec.when) == ("multiverse", "conclusion", "quorum:2")
-    assert (spec.is_strategy, spec.takes_join) == (False, True)
+    assert (spec.is_strategy, spec.takes_join, spec.max_width) == (False, True, None)
+    assert read_spec("apr+when=first+max_width=2").max_width == 2
 
 
 def test_a_file_may_have_a_plus_in_its_name():
@@ -32,6 +33,8 @@ def test_strategies():
         ("multiverse+join=splice", "join is 'splice', must be one of stitch, prefill, conclusion"),
         ("apr+join=stitch", "apr has no option 'join', it takes when"),
         ("self_consistency+score=checker", "self_consistency has no option 'score', it takes num_samples"),
+        ("multiverse+max_width=0", "max_width is '0', must be a number >= 1"),
+        ("sequential+max_width=1", "sequential has no option 'max_width', it takes none"),
         ("best_of_n+num_samples=0", "num_samples is '0', must be a number >= 1"),
         ("best_of_n+score=good", "score is 'good', must be one of logprob, checker"),
         ("best_of_n+when=first", "when goes with score=checker"),

@@ -79,7 +79,8 @@ def test_wild_trees_are_told_within_bounds(num_pages):
         runs = []
         for seed in range(12):
             sampling = SamplingParams(max_new_tokens=300, seed=seed, stop_ids=(1,))
-            request = Request(token_ids=[7] * (1 + seed % 5 * 4), sampling=sampling, guards=Guards(max_rounds=4))
+            guards = Guards(max_rounds=4, max_width=[None, 2, 1][seed % 3])
+            request = Request(token_ids=[7] * (1 + seed % 5 * 4), sampling=sampling, guards=guards)
             runs.append(driver.submit(request, wild_program(seed)))
         driver.run()
     trace = recorder.trace("wild")
