@@ -47,7 +47,7 @@ _GUARDS: dict[str, flags.FlagHolder] = {
     for name, text in _BOUNDS.items()
 }
 _GUARDS["max_width"] = flags.DEFINE_integer(
-    "max_width", None, "Children of one fork that run side by side; the next one begins when one of them ends."
+    "max_width", None, "Children of one fork that run side by side; the next one begins when one of them ends or waits."
 )
 _GUARDS["max_wall_s"] = flags.DEFINE_float("max_wall_s", None, "Seconds of a request; then it ends with what it has.")
 

@@ -22,7 +22,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture
 def light_compilation() -> Iterator[None]:
-    """Compiles with few optimisations on a CPU, where it emulates a kernel: what it emulates stays the same."""
+    """Compiles with few optimisations on a CPU, for tests whose time is compiling and whose claim is not about it:
+    emulated kernels, the trainer's bookkeeping.
+    """
     before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", jax.default_backend() == "cpu")
     yield

@@ -40,6 +40,7 @@ class EngineCore(Detours):
           ValueError: the thread has not stopped, or has no so many tokens to drop, or none is forced in their place.
         """
         self._check_status(thread, Status.STOPPED)
+        begins = thread.is_held
         ids = self._checked_ids(token_ids)
         if sampling is not None:
             self.check_sampling(sampling)
@@ -56,6 +57,8 @@ class EngineCore(Detours):
             thread.num_to_seal = len(thread.pending)
         self._force(thread, ids)
         self._wake(thread, sampling)
+        if begins:
+            thread.sampled_since = 0  # as of children that begin with their fork
 
     @changes_threads
     def fork(
@@ -118,7 +121,7 @@ class EngineCore(Detours):
             child.start_position = context.next_position + len(carried)
             child.pending = list(carried)
             child.num_to_seal = len(carried)
-            if not self._is_held(child):
+            if not self._begins_held(child):
                 self._force(child, ids)
             children.append(child)
         thread.carried = carried
@@ -205,6 +208,7 @@ class EngineCore(Detours):
         for child in children:
             check(child.parent is thread, f"thread {child.id} is no child of thread {thread.id}")
             self._check_status(child, Status.STOPPED)
+            check(not child.is_held, f"thread {child.id} is held: it has not begun")
         check(mode != "select" or len(children) <= 1, f"select joins 1 child, not {len(children)}")
         ids = self._checked_ids(tokens)
         check(bool(ids) or mode == "select", f"a join by {mode} needs tokens to go on with")

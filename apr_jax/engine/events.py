@@ -72,7 +72,7 @@ class ForkEvent(Event):
     """A thread was suspended; the forced tokens of its children follow as events of theirs.
 
     Attributes:
-      max_width: how many children run side by side; those that are held (a StopEvent says so) begin as others end.
+      max_width: how many children run side by side; those that are held (a StopEvent says so) begin later.
       prompts: of spawned children, which start from a context of their own; none if the children were forked.
     """
 

@@ -13,7 +13,7 @@ class Span(NamedTuple):
     """Ticks since the fork, half-open: no child can begin or end before these.
 
     Attributes:
-      is_known: that they are what they will be. Else they may still move back, as a child grows.
+      is_known: whether start and end are final. Else they may still move back, as a child grows.
       row: of those that the children run in, one behind the other.
     """
 
@@ -30,7 +30,7 @@ def spans(children: Iterable[tuple[int, bool]], max_width: int | None) -> list[S
     """
     children = list(children)
     last = [Span(0, 0, True, row) for row in range(max_width or len(children))]  # in each row
-    found, is_known = [], True  # that the last child begins when it is said to; those behind it begin no sooner
+    found, is_known = [], True  # whether all starts so far are final
     for length, may_grow in children:
         # Of rows that come free at the same time, one that surely does: the others can but come later.
         before = min(last, key=lambda span: (span.end, not span.is_known, span.row))

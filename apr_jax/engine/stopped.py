@@ -41,14 +41,14 @@ class StoppedThreads(Loop):
         for child in children:
             if child.prompt_ids:
                 self._emit_keys(child, len(child.prompt_ids) - len(child.pending), "cached")
-            if self._is_held(child):
+            if self._begins_held(child):
                 child.status, child.stop = Status.STOPPED, Stop("held")
                 self.emit(events.StopEvent, child, reason="held")
             elif child.token_ids:
                 self._emit_forced(child, child.token_ids)
 
-    def _is_held(self, child: Thread) -> bool:
-        """Whether a new child begins only when siblings have ended."""
+    def _begins_held(self, child: Thread) -> bool:
+        """Whether a new child begins only when siblings have ended or wait."""
         max_width = child.family.max_width
         return max_width is not None and child.path[-1][1] >= max_width
 

@@ -83,7 +83,7 @@ class Family:
       max_pages: unique pages that it may hold, within the engine's own bound; None is no bound of its own.
       yields: beyond its first thread it takes no rows but within an even share of all of them.
       max_width: children of one fork that begin with it; None: all. The others are held: they have stopped and said
-        nothing. Whoever drives the family lets them go on (`append`, with their forced tokens) as their siblings end.
+        nothing. Whoever drives the family lets them go on (`append`, with their forced tokens) as siblings end or wait.
     """
 
     def __init__(self, family_id: int, seed: int, max_pages: int | None = None):
@@ -159,7 +159,7 @@ class Thread:
 
     @property
     def is_held(self) -> bool:
-        """Whether it waits for siblings to end before it begins."""
+        """Whether it has not begun, as siblings run first (`Family.max_width`)."""
         return self.status is Status.STOPPED and self.stop == Stop("held")
 
     @property

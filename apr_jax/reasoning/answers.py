@@ -8,6 +8,7 @@ from apr_jax.engine import events
 from apr_jax.engine.engine import EngineCore
 from apr_jax.engine.joining import joined_len
 from apr_jax.engine.thread import WANTS_TO_RUN, Status, Thread
+from apr_jax.reasoning.budget import forced_len
 from apr_jax.reasoning.deciding import cut_records
 from apr_jax.reasoning.metrics import descendants
 from apr_jax.reasoning.program import (
@@ -148,16 +149,23 @@ class Answers:
         except OutOfPages as error:
             return str(error)
         run.budget.give(children, limit)
+        run.budget.note(children[0], forced_len(action))
         forced = [()] * len(children) if is_spawn else action.token_lists
         run.held |= {child.id: ids for child, ids in zip(children, forced, strict=True) if child.is_held}
         return None
 
     def _begin_held(self, run: Run, parent: Thread) -> None:
-        """Lets held children go on, in their order, where fewer of their siblings want to run than may."""
+        """Lets held children go on, in their order, where fewer of their siblings want to run than may; all of them,
+        where the request's time is over and none will sample.
+        """
+        held = [child for child in parent.children if child.is_held]
+        if not held:
+            return
         running = sum(any(t.status in WANTS_TO_RUN for t in descendants(child)) for child in parent.children)
-        room = (parent.family.max_width or 0) - running
-        for child in [child for child in parent.children if child.is_held][: max(0, room)]:
-            self._append(run, child, run.held.pop(child.id), None)
+        room = len(held) if run.is_late else max(0, (parent.family.max_width or 0) - running)
+        for child in held[:room]:
+            sampling = dataclasses.replace(child.sampling, max_new_tokens=child.budget)
+            self._append(run, child, run.held.pop(child.id), sampling)
 
     def _unsound(self, sampling: Sequence[SamplingParams]) -> str | None:
         """Why the engine would refuse these parameters: a program's stops and the request's may be too many."""

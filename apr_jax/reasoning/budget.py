@@ -79,12 +79,14 @@ class Budget:
     def start(self, root: Thread) -> None:
         self._limits[root.id] = self._first
 
-    def note(self, thread: Thread) -> None:
-        """Remembers how much the thread has left. One that was cancelled before it had a limit has said nothing."""
+    def note(self, thread: Thread, forced: int = 0) -> None:
+        """Remembers how much the thread has left, `forced` tokens later. One that was cancelled before it had a limit
+        has said nothing.
+        """
         if thread.id not in self._limits:
             return
         rooms, least = dataclasses.asdict(self._rooms(thread)), dataclasses.asdict(self._least)
-        self._least = Rooms(**{kind: min(rooms[kind], least[kind]) for kind in rooms})
+        self._least = Rooms(**{kind: min(rooms[kind] - forced, least[kind]) for kind in rooms})
 
     def room(self, thread: Thread) -> int:
         """Tokens that the thread may still add; below zero where forced tokens went beyond."""

@@ -2,8 +2,8 @@
 
 Children are ranked by when they end, in tokens since the fork, counted along the critical path, ties by ordinal. An
 ended child is *settled* once no running sibling can come before it: running siblings only grow, and those that are held
-(`Guards.max_width`) begin no sooner for it. What is decided from settled children alone, in their order, does not
-depend on what else the engine runs, in which batches or with how many pages.
+(`Guards.max_width`) begin no sooner because another is longer. What is decided from settled children alone, in their
+order, does not depend on what else the engine runs, in which batches or with how many pages.
 """
 
 import dataclasses
@@ -128,7 +128,7 @@ class Times:
         self._spans = {child.id: span for child, span in zip(siblings, found, strict=True)}
 
     def end(self, child: Thread) -> int:
-        """When it ends, at the earliest. For what comes before all that running ones can do that is when it does."""
+        """When it ends. Exact for settled children, else a lower bound."""
         return self._spans[child.id].end
 
     def is_known(self, child: Thread) -> bool:

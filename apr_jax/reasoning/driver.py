@@ -132,8 +132,10 @@ class Driver(Hybrid):
             alive = [child for child in parent.children if not child.is_done]
             if not alive or any(child.id in run.ended for child in alive):
                 self._ask_parent(run, parent)
-            if parent.status is Status.FORKED and run.held:
-                self._begin_held(run, parent)
+        if run.held:
+            for parent in reversed(threads):  # what goes on deep below a child takes its place
+                if parent.status is Status.FORKED:
+                    self._begin_held(run, parent)
         if run.finish_reason is None and not any(t.status in WANTS_TO_RUN for t in threads):
             self._idle(run)
 

@@ -32,13 +32,14 @@ class Metrics:
     Attributes:
       total_tokens: T. critical_path_tokens: L.
       overshoot_tokens: sampled beyond a decision, then dropped; not part of T.
-      num_threads: the root and all descendants.
+      num_threads: the root and all descendants, those that were held and never began too.
       peak_pages: unique pages held at most.
       reprefill_tokens: computed again at joins. flush_tokens: fed only so that a segment could be sealed.
       join_s: host seconds in joins.
       max_context_tokens: the longest context that any token attended to.
       sequence_tokens: of all sequences, each thread's counted once, however often it was continued: prompts, also
-        those of spawned children, T, and texts that joins computed again.
+        those of spawned children (but not of such as took turns and said nothing), T, and texts that joins computed
+        again.
       num_children: threads below the root, but for those that only called others (they spawned them).
     """
 
@@ -102,7 +103,8 @@ def measure(root: Thread, *, wall_s: float, block_spans: Iterable[tuple[int, int
     total, path = total_tokens(root), critical_path(root)
     inside = total - len(root.token_ids) + num_covered(block_spans)
     counters, threads = root.family.counters, root.family.threads
-    prompt_tokens = sum(len(thread.prompt_ids) for thread in threads)
+    may_not_begin = root.family.max_width is not None
+    prompt_tokens = sum(len(t.prompt_ids) for t in threads if t is root or t.token_ids or not may_not_begin)
     records = [record for thread in threads for record in thread.joins if record.mode == "prefill"]
     again = sum(len(flatten(child)) for record in records for child in record.children[1:])
     callers = {thread.parent.id for thread in threads if thread.prompt_ids and thread.parent is not None}

@@ -216,7 +216,8 @@ class Program(Protocol):
         self, parent: Thread, ended: Sequence[Thread], running: Sequence[Thread]
     ) -> Join | Keep | Cancel | Wait | Finish:
         """A child has ended, or a step has passed since one did. `ended` and `running` are the parent's children, in
-        the order of the fork; a running one has tokens that may settle what is joined.
+        the order of the fork. A running one may have tokens that settle what is joined; those that are held are among
+        them.
         """
         ...
 

@@ -70,7 +70,8 @@ def critical_path(threads: Sequence[ThreadTrace], roots: Sequence[int]) -> None:
             found = spans([(threads[child].critical_path, False) for child in fork.children], fork.max_width)
             last = max(found, key=lambda span: span.end)
             thread.critical_path += last.end
-            waited_for[thread.id] += [i for i, span in zip(fork.children, found, strict=True) if span.row == last.row]
+            row = [(i, s) for i, s in zip(fork.children, found, strict=True) if s.row == last.row]
+            waited_for[thread.id] += [child for child, span in row if span == last or span.end > span.start]
     on_path = list(roots)
     while on_path:
         thread = threads[on_path.pop()]

@@ -186,7 +186,8 @@ class Recount:
 
     @property
     def sequence_tokens(self) -> int:
-        prompts = sum(node.prompt_len for node in self.nodes.values())
+        began = [n for n in self.nodes.values() if n.parent is None or n.parent.max_width is None or n.tokens]
+        prompts = sum(node.prompt_len for node in began)
         joined = [(children, mode) for node in self.nodes.values() for _, children, mode in node.joined]
         return (
             prompts

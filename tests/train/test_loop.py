@@ -30,6 +30,8 @@ from apr_jax.train.held_out import teacher_forced
 from apr_jax.train.loop import LoopConfig, OptimizerConfig, train
 from apr_jax.train.state import Checkpoints, TrainState
 
+pytestmark = pytest.mark.usefixtures("light_compilation")  # compiling takes most of the time
+
 ROOT = pathlib.Path(__file__).parents[2]
 SAMPLES = CountdownSamples(max_len=128)
 CONFIG = ModelConfig(
