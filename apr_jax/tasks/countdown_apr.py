@@ -1,7 +1,8 @@
 """A Countdown search in APR's text: a root calls searches of its nodes, each in a context of its own.
 
     root      Moving to Node #0
-              Current State: 27:[22, 26, 31, 53], Operations: [] : 22 26 = 4 48 . . | ... ;
+              Current State: 27:[22, 26, 31, 53], Operations: []
+               : 22 26 = 4 48 . . | ... ;
               Generated Node #0,0: 27:[22, 26, 22] Operation: 53-31=22
               Generated Node #0,1: ...
     call      <Calling Sub Searches>
@@ -9,7 +10,8 @@
               <Start Sub Search 1 at level 1> Moving to Node #0,1
               <End Calling Sub Searches>
     search    Moving to Node #0,1
-              Current State: 27:[...], Operations: ['...'] : rounds as in the other formats
+              Current State: 27:[...], Operations: ['...']
+               : rounds as in the other formats
               27,27 equal: Goal Reached
               Moving to Node #0,1
               Operations: 53-31=22, ...
@@ -42,6 +44,7 @@ from apr_jax.tasks.countdown_vocabulary import (
     FIRST_GENERATED,
     GENERATED,
     GOALS,
+    LEFT,
     LISTED,
     MADE_BY,
     MAX_TARGET,
@@ -115,7 +118,7 @@ def search_span(index: int, line: Line) -> Span:
     """The search of a line's node."""
     prompt = [BOS, NODES[index], *_state(line.target, _node_values(line)), OPERATIONS]
     prompt += [*_equation(line.steps[0]), END_OPERATIONS]
-    pieces = [*prompt, " :", *rest_pieces(line)]
+    pieces = [*prompt, LEFT, *rest_pieces(line)]
     if line.solution is None:
         pieces.append(NOTHING_FOUND)
     else:

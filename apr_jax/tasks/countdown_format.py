@@ -2,20 +2,21 @@
 
     prompt      <multiverse> 22 26 31 53 -> 27        or <sequential>, <threadweaver>, <npr>
     opening      : 22 26 = 4 48 . . | 31 53 = 22 84 . . | 27 4 = 23 31 108 . ~ 22 22 84 . ;
-    line         53 - 31 = 22 : 22 26 , 22 26 = 4 48 . . | 27 22 = 5 49 . . ~ 4 48 . . , 22 22 = ...
+    line         53 - 31 = 22
+                 : 22 26 , 22 26 = 4 48 . . | 27 22 = 5 49 . . ~ 4 48 . . , 22 22 = ...
 
 `x y = d s p q` is the quad of x and y: difference, sum, product, quotient; `.` where there is none (see
 `countdown_search`). After `|` come the needed quads, compared with the made quad before them: after `~` stands, for
 each needed value, the made value closest to it; if the two are equal, `!` follows and ends the line. (A small model
 copies the closest value easily and then has two tokens at a fixed distance to compare; asked for a match alone, it
-misses most.) A line begins with its step and the other numbers left, then come three rounds, or, where four values
-are left, what the last two make and the rounds of what the first two make.
+misses most.) A line begins with its step and, behind a line break, the other numbers left, then come three rounds, or,
+where four values are left, what the last two make and the rounds of what the first two make.
 
 Sequential: lines end with `;`, the first match ends the search, ` => equations` (or ` => none`) closes it. In the
 others each block of lines behind a failed opening is forked:
 
     multiverse      ;<Parallel><Goal><Outline>1: 53 - 31</Outline>...</Goal>
-                    <Path>1: 53 - 31 = 22 : ... => none</Path><Path>2: ... ! =>2: equations</Path>
+                    <Path>1: 53 - 31 = 22\\n : ... => none</Path><Path>2: ... ! =>2: equations</Path>
                     <Conclusion>2:</Conclusion></Parallel>
     npr             ;<guideline>\\n<plan>1: 53 - 31</plan>\\n ... </guideline>\\n
                     <step>\\n1: ... => none</step><step>\\n2: ...</step><takeaway>\\n2:</takeaway>
@@ -35,6 +36,7 @@ from apr_jax.tasks.countdown_vocabulary import (
     BOS,
     EOS,
     LABELS,
+    LEFT,
     MARKER,
     MATCH,
     MODES,
@@ -101,10 +103,10 @@ def rest_pieces(line: Line) -> list[str]:
 
 
 def _step_pieces(line: Line, index: int) -> list[str]:
-    """` 53 - 31 = 22 : 22 26 ,`: a step, and what is left beside its result."""
+    """` 53 - 31 = 22\\n : 22 26 ,`: a step, and what is left beside its result."""
     step = line.steps[index]
     left = numbers_pieces(left_beside(line, index))
-    return [*step_pieces(step), " =", *number_pieces(step.value), " :", *left, " ,"]
+    return [*step_pieces(step), " =", *number_pieces(step.value), LEFT, *left, " ,"]
 
 
 def left_beside(line: Line, index: int) -> tuple[int, ...]:
@@ -119,7 +121,7 @@ def left_beside(line: Line, index: int) -> tuple[int, ...]:
 
 
 def opening_pieces(tree: ReasoningTree) -> list[str]:
-    return [" :", *line_pieces(tree.opening)]
+    return [LEFT, *line_pieces(tree.opening)]
 
 
 def answer_pieces(solution: tuple[Equation, ...] | None) -> list[str]:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 from apr_jax.tasks.countdown_apr import CALLING, END_RETURNED, RETURNED
 from apr_jax.tasks.countdown_format import FORMATS, Tags
-from apr_jax.tasks.countdown_vocabulary import BOS, EOS, LABELS, MARKER, MODES, NODES, NONE, vocabulary
+from apr_jax.tasks.countdown_vocabulary import BOS, EOS, LABELS, LEFT, MARKER, MODES, NODES, NONE, vocabulary
 from apr_jax.tasks.trace import Block, Span, Trace
 
 _N, _S = r" \d{1,3}", r" (?:\d{1,3}|\.)"
@@ -19,9 +19,9 @@ _SPLIT = rf"{_QUAD} \|{_QUAD}"
 _FAILED_BODY = rf"(?:{_QUAD}{_MISS}(?: ,{_QUAD}{_MISS}){{2}}|{_SPLIT}(?:{_MISS})+)"
 _SOLVED_BODY = rf"(?:(?:{_QUAD}{_MISS} ,){{0,2}}{_QUAD}{_MATCH}|{_SPLIT}(?:{_MISS})*{_MATCH})"
 _HEADING = rf"{_N} [-+*/]{_N}"
-_STEP = rf"{_HEADING} ={_N} :(?:{_N}){{2,4}} ,"
+_STEP = rf"{_HEADING} ={_N}{LEFT}(?:{_N}){{2,4}} ,"
 _FAILED, _SOLVED = rf"(?:{_STEP}){{1,2}}{_FAILED_BODY}", rf"(?:{_STEP}){{1,2}}{_SOLVED_BODY}"
-_OPENING = rf" :(?:{_STEP}){{0,2}}"
+_OPENING = rf"{LEFT}(?:{_STEP}){{0,2}}"
 _FAILED_OPENING, _SOLVED_OPENING = _OPENING + _FAILED_BODY, _OPENING + _SOLVED_BODY
 _EQUATION = rf"{_N} [-+*/]{_N} ={_N}"
 _EQUATIONS = rf"{_EQUATION}(?: ,{_EQUATION}){{1,4}}"
@@ -42,7 +42,7 @@ _RESULT = (
 _CALL = rf"(?:{_GENERATED})+\n{RETURNED}(?:{_RESULT})+\n{END_RETURNED}\n"
 _APR_BODY = re.compile(rf"{_SOLVED_OPENING}{_ANSWER}|{_FAILED_OPENING}(?:{_NONE}| ;(?:{_CALL})+(?:{_ANSWER}|{_NONE}))")
 _SEARCH_BODY = re.compile(
-    rf" :(?:{_STEP})?(?:{_FAILED_BODY}\nNo solution found\.|{_SOLVED_BODY}\n\d+,\d+ equal: Goal Reached\n{_PATH})"
+    rf"{LEFT}(?:{_STEP})?(?:{_FAILED_BODY}\nNo solution found\.|{_SOLVED_BODY}\n\d+,\d+ equal: Goal Reached\n{_PATH})"
 )
 _PIECE = re.compile(
     "|".join(

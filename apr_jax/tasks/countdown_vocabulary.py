@@ -21,7 +21,8 @@ TAGS = tuple(
 )  # fmt: skip
 LABELS = tuple(f"{i}:" for i in range(1, BLOCK_SIZE + 1))
 MARKER, MATCH, NEAREST, NONE, EMPTY = " =>", " !", " ~", " none", " ."
-SIGNS = (" :", " =", " |", " ,", " ;", MATCH, MARKER, " ->", EMPTY, " -", " +", " *", " /", NONE, NEAREST)
+LEFT = "\n :"  # behind a line break: APR's client reads the line of a state to its end
+SIGNS = (LEFT, " =", " |", " ,", " ;", MATCH, MARKER, " ->", EMPTY, " -", " +", " *", " /", NONE, NEAREST)
 NUMBERS = tuple(f" {n}" for n in range(MAX_VALUE + 1))
 
 BARE_NUMBERS = tuple(str(n) for n in range(MAX_VALUE + 1))

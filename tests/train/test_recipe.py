@@ -191,7 +191,7 @@ def test_a_source_is_taken_over_piece_by_piece():
     theirs, ours, fresh = (np.asarray(d.embedding[...]) for d in (source, taken, plain))
     for piece, found in ((" 7", 1), ("7", 1), ("=7", 1), (", 7", 1), ("7:[", 1), (" =", 2), ("<Path>", 3)):
         np.testing.assert_array_equal(ours[pieces.index(piece)], theirs[found])
-    for other in (pieces.index(piece) for piece in (" :", " ,", " 8")):
+    for other in (pieces.index(piece) for piece in ("\n :", " ,", " 8")):
         cosine = ours[other] @ fresh[other] / np.linalg.norm(ours[other]) / np.linalg.norm(fresh[other])
         assert abs(cosine - 1) < 1e-5
     np.testing.assert_allclose(np.linalg.norm(ours[other]), np.linalg.norm(theirs, axis=1).mean(), rtol=1e-5)
