@@ -1,6 +1,6 @@
-"""The embedded model: 0.8M parameters, about 2 hours on one CPU core.
+"""The embedded model: 0.95M parameters, between four and five hours on one CPU core.
 
-Its model card says how the shipped weights came about.
+Not run from scratch as a whole: its model card says how the shipped weights came about.
 """
 
 from ml_collections import config_dict

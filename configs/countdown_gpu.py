@@ -1,4 +1,4 @@
-"""The embedded model for one GPU (made for an H200 and 16 cores): 2.8M parameters, the data and code of the base run.
+"""The embedded model for one GPU (made for an H200 and 16 cores): 2.9M parameters, the data and code of the base run.
 
 Not run yet: the number of steps is a guess at what 20 minutes hold.
 """

@@ -13,8 +13,8 @@ A *line* looks at one state, what is left of the numbers after some steps (equat
 
 The opening looks at the problem itself; where it fails, lines with one step more follow in blocks of at most
 `BLOCK_SIZE`, by operator (`/ - + *`), the larger numbers first: the best order of its kind for the first block. For
-four numbers the search is complete but for the bound on values. Five numbers are brought to four by each line, six by
-a line's step and the first step that its result allows.
+four numbers the search is complete but for the bound on values and for products with 0. Five numbers are brought to
+four by each line, six by a line's step and the first step that its result allows.
 """
 
 import dataclasses
@@ -215,7 +215,8 @@ def search(problem: Problem) -> ReasoningTree:
 def hardness(problem: Problem) -> int:
     """How many states the search looks at up to its first solution when values have no bound.
 
-    For three and four numbers that search is complete; where it finds nothing (more numbers), all states and one more.
+    For three and four numbers that search is complete but for products with 0. Where it finds nothing: all states and
+    one more.
     """
     count = 0
     for count, line in enumerate(all_lines(problem, 10**9), 1):
