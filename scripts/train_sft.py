@@ -137,6 +137,10 @@ def main() -> None:
     teacher = teacher_forced(held_out)
     to_decode = held_out[: config.num_decoded_problems]
     decode = decoded(TASKS["countdown"], to_decode, countdown_tokenizer(), programs=list(RENDERINGS))
+
+    def evaluate(decoder: Decoder) -> dict[str, float]:
+        return teacher(decoder) | (decode(decoder) if to_decode else {})
+
     with cli.profile(), progress(optimizer.num_steps) as (on_step, on_record):
         decoder = train(
             initial_decoder(config),
@@ -144,7 +148,7 @@ def main() -> None:
             workdir,
             optimizer,
             LoopConfig(**config.loop),
-            evaluate=lambda decoder: teacher(decoder) | decode(decoder),
+            evaluate=evaluate,
             on_record=on_record,
             on_step=on_step,
             token_weights=jnp.ones(len(vocabulary())).at[PIECE_IDS[MATCH]].set(config.match_weight),

@@ -215,4 +215,8 @@ class Deciding(Wrapped):
         if decision is None:
             return Wait()
         action = super().on_child(parent, decision.children, [])
-        return dataclasses.replace(action, cut=decision.cut) if isinstance(action, Join) else action
+        if isinstance(action, Join):
+            return dataclasses.replace(action, cut=decision.cut)
+        if decision.cut is not None and len(decision.children) < len(ended) + len(running):
+            return Keep(decision.children, decision.cut)  # then asked again: what ends here ends without the others
+        return action

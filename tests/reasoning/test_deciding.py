@@ -1,5 +1,7 @@
 """When a join happens: decisions against a sort by (length, ordinal), whatever the load; losers are cut and freed."""
 
+import dataclasses
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -9,8 +11,9 @@ from apr_jax.engine import events
 from apr_jax.engine.thread import Status
 from apr_jax.reasoning.deciding import All, Deadline, Deciding, Quorum, by_text, first
 from apr_jax.reasoning.driver import Driver
+from apr_jax.reasoning.grammar import GrammarProgram
 from apr_jax.reasoning.program import Cancel, Finish, Fork, Guards, Join, Program, Request, Wait
-from apr_jax.reasoning.programs import make_program
+from apr_jax.reasoning.programs import GRAMMARS, make_program
 from apr_jax.testing import byte_tokenizer
 from apr_jax.types import SamplingParams
 
@@ -160,6 +163,23 @@ def test_children_of_a_grammar_are_accepted_by_what_they_say():
     assert ("P", "<Path>1:no</Path>") in asked
     assert [thread.status for thread in out.threads[1:]] == ["cancelled", "finished", "cancelled"]
     assert_all_pages_free(engine)
+
+
+def test_a_thread_that_ends_the_request_cuts_the_others_whatever_the_load():
+    grammar = dataclasses.replace(GRAMMARS["multiverse"], unclosed="stop", nested=False)
+    texts = {"": f"{PLAN} end", "0.0": "a" * 40 + "</Path>", "0.1": "b" * 9, "0.2": "c" * 30 + "</Path>"}
+
+    def outcome(**fields):
+        engine = scripted_engine(Transcripts(byte_tokenizer(), texts), **fields)
+        program = Deciding(GrammarProgram(grammar, byte_tokenizer()), first())
+        out = engine.generate([1, 2], program, sampling=LONG)
+        assert_all_pages_free(engine)
+        return out.finish_reason, out.text, [(thread.status, thread.token_ids) for thread in out.threads]
+
+    expected = outcome(steps_per_dispatch=1)
+    assert expected[0] == "unclosed" and len({len(ids) for _, ids in expected[2][1:]}) == 1
+    for steps, rows in ((16, 8), (16, 1), (3, 2)):
+        assert outcome(steps_per_dispatch=steps, max_threads=rows) == expected
 
 
 def test_all_waits_for_all():
