@@ -16,7 +16,7 @@ class Tree:
 
     def __init__(self, draw):
         self.draw = draw
-        self.family = types.SimpleNamespace(threads=[], counters=Counters())
+        self.family = types.SimpleNamespace(threads=[], counters=Counters(), max_width=None)
         self.waits_for: list[list[int]] = []  # by token id: ids of the tokens that come directly before it
         self.order: list[int] = []  # token ids in reading order
         self.root = self.thread(None, [], depth=0)[0]
@@ -27,6 +27,7 @@ class Tree:
             id=len(self.family.threads),
             parent=parent,
             family=self.family,
+            path=(),
             prompt_ids=[],
             token_ids=[],
             joins=[],
@@ -36,8 +37,9 @@ class Tree:
         before = self.tokens(thread, before)
         for _ in range(self.draw(st.integers(0, 2 - min(depth, 2)))):
             after, children = [], []
-            for _ in range(self.draw(st.integers(0, 3))):
+            for ordinal in range(self.draw(st.integers(0, 3))):
                 child, ends = self.thread(thread, before, depth + 1)
+                child.path = ((len(thread.joins), ordinal),)
                 children.append(child)
                 after += ends
             if self.draw(st.integers(0, 9)) == 0:  # forked, not joined yet
@@ -81,7 +83,7 @@ def test_block_spans_count_the_roots_own_tags():
     root = types.SimpleNamespace(
         id=0, parent=None, prompt_ids=[], token_ids=list(range(10)), joins=[], children=[], family=None
     )
-    root.family = types.SimpleNamespace(threads=[root], counters=Counters())
+    root.family = types.SimpleNamespace(threads=[root], counters=Counters(), max_width=None)
     assert measure(root, wall_s=0.0, block_spans=[(2, 5), (4, 7)]).parallel_ratio == pytest.approx(0.5)
 
 
