@@ -29,7 +29,9 @@ def spans(children: Iterable[tuple[int, bool]], max_width: int | None) -> list[S
     Longer children move no other one forward, so what follows from lengths up to now are bounds.
     """
     children = list(children)
-    last = [Span(0, 0, True, row) for row in range(max_width or len(children))]  # in each row
+    if max_width is None or max_width >= len(children):  # nobody waits
+        return [Span(0, length, not may_grow, row) for row, (length, may_grow) in enumerate(children)]
+    last = [Span(0, 0, True, row) for row in range(max_width)]  # in each row
     found, is_known = [], True  # whether all starts so far are final
     for length, may_grow in children:
         # Of rows that come free at the same time, one that surely does: the others can but come later.
