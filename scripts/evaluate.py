@@ -1,6 +1,7 @@
 """Measures programs on a task: accuracy against critical path, tokens, context and wall clock. Resumable.
 
-All programs get the same problems. The embedded model was never trained on the first 500 of seed 1, the default.
+All programs get the same problems. The embedded model was never trained on those of seed 1, the default, of its three
+sets: the first 1,000 of countdown and countdown_hard, 500 of countdown_five.
 With --output_dir every finished problem is on disk at once, and the same command goes on where it was stopped; it ends
 with results.json, table.md and plots there.
 

@@ -36,7 +36,7 @@ from apr_jax.train.data import ChunkStore
 from apr_jax.train.decoded import decoded
 from apr_jax.train.export import export_countdown
 from apr_jax.train.held_out import teacher_forced
-from apr_jax.train.initialization import take_over, tie_matching_heads
+from apr_jax.train.initialization import pieces_of, take_over, tie_matching_heads
 from apr_jax.train.loop import LoopConfig, OptimizerConfig, train
 from apr_jax.train.state import Checkpoints, TrainState
 
@@ -71,8 +71,7 @@ def initial_decoder(config) -> Decoder:
     if _INIT_FROM.value is None:
         return decoder
     _, source, tokenizer = load_checkpoint(checkpoint_directory(_INIT_FROM.value))
-    pieces = [tokenizer.decode([i]) for i in range(source.config.vocab_size)]
-    return take_over(decoder, source, pieces, vocabulary())
+    return take_over(decoder, source, pieces_of(tokenizer, source.config), vocabulary())
 
 
 def countdown_tokenizer() -> Tokenizer:

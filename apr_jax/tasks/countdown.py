@@ -46,7 +46,7 @@ class ProblemConfig:
 
 
 APR = ProblemConfig()
-HARD = ProblemConfig(num_numbers=5, max_target=999)
+MAX_DRAWS = 100_000  # of one problem
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +106,7 @@ def _index_parts(count: int) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], .
 
 def _parts(values: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
     for left, right in _index_parts(len(values)):
-        yield tuple(values[i] for i in left), tuple(values[i] for i in right)
+        yield tuple([values[i] for i in left]), tuple([values[i] for i in right])
 
 
 @functools.lru_cache(maxsize=1024)
@@ -199,14 +199,18 @@ def draw_problem(seed: int, index: int, config: ProblemConfig = APR, exclude: Co
 
     Args:
       exclude: problems that are never drawn (a held-out set).
+
+    Raises:
+      ValueError: so many draws gave none that is solvable.
     """
     rng = np.random.default_rng((seed, index))
-    while True:
+    for _ in range(MAX_DRAWS):
         numbers = rng.integers(config.min_number, config.max_number + 1, config.num_numbers)
         target = int(rng.integers(config.min_target, config.max_target + 1))
         problem = Problem(tuple(int(n) for n in numbers), target)
         if problem not in exclude and is_solvable(problem.numbers, target):
             return problem
+    raise ValueError(f"{MAX_DRAWS:,} draws gave no solvable problem of {config}")
 
 
 def draw_problems(seed: int, count: int, config: ProblemConfig = APR) -> list[Problem]:

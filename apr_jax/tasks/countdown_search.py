@@ -26,6 +26,8 @@ from apr_jax.tasks.countdown import Equation, Problem, combine
 
 MAX_VALUE = 199  # of what is written down, unless the target is larger
 MAX_LARGE_VALUE = 999
+MAX_NUMBER = 99
+NUM_NUMBERS = range(3, 7)
 BLOCK_SIZE = 5
 MAX_LINES = 24  # beside the opening
 Quad = tuple[int | None, int | None, int | None, int | None]
@@ -84,11 +86,21 @@ class Round:
 def compare(pair: Pair, target: int, number: int, max_value: int = MAX_VALUE) -> Round:
     made, needed = quad(*pair, max_value), quad(target, number, max_value)
     values = [value for value in made if value is not None]
-    nearest = [None if x is None else min(values, key=lambda y: abs(x - y)) for x in needed]
+    nearest: list[int | None] = []
     for slot, value in enumerate(needed):
-        if value is not None and value == nearest[slot]:
-            return Round(pair, target, number, made, needed, tuple(nearest[: slot + 1]), slot)
+        if value is not None and value in values:
+            return Round(pair, target, number, made, needed, (*nearest, value), slot)
+        nearest.append(None if value is None else _closest(values, value))
     return Round(pair, target, number, made, needed, tuple(nearest), None)
+
+
+def _closest(values: list[int], wanted: int) -> int:
+    """The first of the values that are closest."""
+    best = values[0]
+    for value in values:
+        if abs(value - wanted) < abs(best - wanted):
+            best = value
+    return best
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,18 +156,19 @@ def steps_from(values: tuple[int, ...], max_value: int = MAX_VALUE) -> Iterator[
     a round's quads do as well.
     """
     seen = set()
+    pairs = [(i, j, tuple(combine(values[i], values[j]))) for i, j in itertools.combinations(range(len(values)), 2)]
     for operator in "/-+*":
-        for i, j in reversed(list(itertools.combinations(range(len(values)), 2))):
-            for step in combine(values[i], values[j]):
-                trivial = step.operator in "*/" and step.right <= 1
-                if step.operator == operator and step.value <= max_value and not trivial and step not in seen:
-                    seen.add(step)
-                    yield step, (*values[:i], *values[i + 1 : j], *values[j + 1 :], step.value)
+        for i, j, steps in reversed(pairs):
+            step = next((step for step in steps if step.operator == operator), None)
+            if step is None or step.value > max_value or (operator in "*/" and step.right <= 1) or step in seen:
+                continue
+            seen.add(step)
+            yield step, (*values[:i], *values[i + 1 : j], *values[j + 1 :], step.value)
 
 
 @dataclasses.dataclass(frozen=True)
 class ReasoningTree:
-    """The whole search, no line left out after a success: a rendering stops where its rules say.
+    """A search, as a rule with the lines beyond its success: a rendering stops where its rules say.
 
     `opening` is tried first; `blocks` hold lines that do not depend on each other, tried block by block.
     """
@@ -197,19 +210,27 @@ def max_value_of(problem: Problem) -> int:
     return MAX_VALUE if problem.target <= MAX_VALUE else MAX_LARGE_VALUE
 
 
-def search(problem: Problem) -> ReasoningTree:
+def search(problem: Problem, beyond: bool = True) -> ReasoningTree:
     """Searches a problem.
+
+    Args:
+      beyond: False leaves out the blocks behind the first that holds a match, or all where the opening does: no
+        rendering writes them.
 
     Raises:
       ValueError: not 3 to 6 numbers in [1, 99], or a target outside [1, 999]: values must stay writable.
     """
-    if not 3 <= len(problem.numbers) <= 6 or min(problem.numbers) < 1 or max(problem.numbers) > 99:
-        raise ValueError(f"numbers are {problem.numbers}, must be 3 to 6 integers in [1, 99]")
+    if len(problem.numbers) not in NUM_NUMBERS or min(problem.numbers) < 1 or max(problem.numbers) > MAX_NUMBER:
+        raise ValueError(f"numbers are {problem.numbers}, must be 3 to 6 integers in [1, {MAX_NUMBER}]")
     if not 1 <= problem.target <= MAX_LARGE_VALUE:
         raise ValueError(f"target is {problem.target}, must be in [1, {MAX_LARGE_VALUE}]")
-    opening, *lines = itertools.islice(all_lines(problem, max_value_of(problem)), MAX_LINES + 1)
-    blocks = tuple(tuple(lines[i : i + BLOCK_SIZE]) for i in range(0, len(lines), BLOCK_SIZE))
-    return ReasoningTree(problem, opening, blocks)
+    lines = itertools.islice(all_lines(problem, max_value_of(problem)), MAX_LINES + 1)
+    opening, blocks = next(lines), []
+    solved = opening.solution is not None
+    while (beyond or not solved) and (block := tuple(itertools.islice(lines, BLOCK_SIZE))):
+        blocks.append(block)
+        solved = solved or any(line.solution for line in block)
+    return ReasoningTree(problem, opening, tuple(blocks))
 
 
 def hardness(problem: Problem) -> int:

@@ -10,7 +10,7 @@ from apr_jax.tasks.countdown_format import extract_answer
 from apr_jax.tasks.countdown_parse import well_formed
 from apr_jax.tasks.countdown_renderings import prompt_of
 from apr_jax.tasks.countdown_sets import HELD_OUT_SEED as HELD_OUT_SEED
-from apr_jax.tasks.countdown_sets import draw_set
+from apr_jax.tasks.countdown_sets import SETS, ProblemSet
 from apr_jax.tasks.countdown_vocabulary import BOS, EOS, MODES
 from apr_jax.tasks.task import Task, Verdict
 
@@ -22,19 +22,17 @@ _STATE = re.compile(r"\s*Moving to Node #0\nCurrent State: (\d+):\[([\d, ]+)\], 
 
 
 class CountdownTask:
-    """Problems like those of a held-out set, all solvable (see `Task`): APR's distribution is 4 numbers in [1, 99] and
-    targets in [10, 100].
-    """
+    """Problems of a set, all solvable (see `Task`)."""
 
     separator = " ;"
 
-    def __init__(self, name: str, kind: str):
+    def __init__(self, name: str, problem_set: ProblemSet):
         self.name = name
-        self.fingerprint = kind
-        self._kind = kind
+        self.fingerprint = repr(problem_set)
+        self._set = problem_set
 
     def problems(self, num: int, seed: int) -> list[Problem]:
-        return list(itertools.islice(draw_set(self._kind, seed), num))
+        return list(itertools.islice(self._set.draw(seed), num))
 
     def prompt(self, problem: Problem, program: str) -> str:
         return prompt_of(problem, program)
@@ -80,7 +78,7 @@ class CountdownTask:
 
 
 TASKS: dict[str, Task] = {
-    "countdown": CountdownTask("countdown", "apr"),
-    "countdown_hard": CountdownTask("countdown_hard", "hard"),
-    "countdown_five": CountdownTask("countdown_five", "five"),
+    "countdown": CountdownTask("countdown", SETS["apr"]),
+    "countdown_hard": CountdownTask("countdown_hard", SETS["hard"]),
+    "countdown_five": CountdownTask("countdown_five", SETS["five"]),
 }

@@ -8,9 +8,9 @@ import numpy as np
 from apr_jax.tasks.countdown import Problem, ProblemConfig, draw_problem
 from apr_jax.tasks.countdown_format import FORMATS, render_blocks
 from apr_jax.tasks.countdown_renderings import RENDERINGS
-from apr_jax.tasks.countdown_search import search
-from apr_jax.tasks.countdown_sets import held_out_problems
-from apr_jax.tasks.countdown_vocabulary import PAD, vocabulary
+from apr_jax.tasks.countdown_search import MAX_LARGE_VALUE, search
+from apr_jax.tasks.countdown_sets import SETS, held_out_problems
+from apr_jax.tasks.countdown_vocabulary import MAX_TARGET, PAD, vocabulary
 from apr_jax.train.countdown_drills import draw_answers, draw_nodes, draw_rounds
 from apr_jax.train.packing import Row, flatten
 
@@ -24,13 +24,15 @@ class CountdownSamples:
 
     Attributes:
       seed: of the training problems and of the choices below.
-      max_len: traces and drills with a longer row are left out.
+      max_len: traces and drills with a longer row are left out: many of those with 5 and 6 numbers or large targets
+        that search long.
       keep_easy: share kept of the problems that the opening solves (nearly half of all, and short).
       shares: how often each rendering is chosen, in the order of RENDERINGS; need not sum to 1.
       conclusion_share: of the stitched ones, those joined by conclusion; first_share: those joined where the first
         branch solves.
       off_share: of those with blocks, those that write some or all as lines, as a thread does that may not fork.
-      other_share: of problems with 3 or 5 numbers, as many of each; the others have 4.
+      sizes: how often a problem has 3, 4, 5 and 6 numbers; need not sum to 1.
+      large_share: of problems that are not written in APR's text, those with a target above 100, up to 999.
       drill_share: of the first `num_drilled` samples, those that are drills instead (see `countdown_drills`);
         drill_shares: how often they are of rounds, nodes and answers; need not sum to 1.
     """
@@ -42,20 +44,22 @@ class CountdownSamples:
     conclusion_share: float = 0.2
     first_share: float = 0.2
     off_share: float = 0.1
-    other_share: float = 0.0
+    sizes: tuple[float, ...] = (0.0, 1.0, 0.0, 0.0)
+    large_share: float = 0.0
     drill_share: float = 0.0
     num_drilled: int = 0
     drill_shares: tuple[float, ...] = (1.0, 1.0, 1.0)
 
     def __post_init__(self):
-        for name, shares, size in (("shares", self.shares, len(RENDERINGS)), ("drill_shares", self.drill_shares, 3)):
-            if len(shares) != size or min(shares) < 0 or sum(shares) <= 0:
-                raise ValueError(f"{name} are {shares}, must be {size} numbers >= 0, not all 0")
+        for name, count in (("shares", len(RENDERINGS)), ("sizes", 4), ("drill_shares", 3)):
+            shares = getattr(self, name)
+            if len(shares) != count or min(shares) < 0 or sum(shares) <= 0:
+                raise ValueError(f"{name} are {shares}, must be {count} numbers >= 0, not all 0")
 
     def __call__(self, index: int) -> list[Row]:
         """The rows of sample number `index`; none if it is left out."""
         rng = np.random.default_rng((self.seed, index, 1))
-        drilled, size, keep, join_draw, off = rng.random(5)
+        drilled, large, keep, join_draw, off = rng.random(5)
         if index < self.num_drilled and drilled < self.drill_share:
             kind = rng.choice(3, p=_normalised(self.drill_shares))
             if kind == 2:
@@ -64,12 +68,14 @@ class CountdownSamples:
                 drills = [draw_nodes(rng, _held_out()) if kind == 1 else draw_rounds(rng)]
             rows = [row for drill in drills for row in flatten(drill, PIECE_IDS.__getitem__, self._join(join_draw))]
             return self._short_enough(rows)
-        num_numbers = 4 if size >= self.other_share else 3 if size < self.other_share / 2 else 5
-        problem = draw_problem(self.seed, index, ProblemConfig(num_numbers=num_numbers), exclude=_held_out())
-        tree = search(problem)
+        program = list(RENDERINGS)[rng.choice(len(RENDERINGS), p=_normalised(self.shares))]
+        num_numbers = 3 + int(rng.choice(4, p=_normalised(self.sizes)))
+        is_large = program != "apr" and large < self.large_share
+        targets = {"min_target": MAX_TARGET + 1, "max_target": MAX_LARGE_VALUE} if is_large else {}
+        config = ProblemConfig(num_numbers=num_numbers, **targets)
+        tree = search(draw_problem(self.seed, index, config, exclude=_held_out()), beyond=False)
         if tree.opening.solution is not None and keep >= self.keep_easy:
             return []
-        program = list(RENDERINGS)[rng.choice(len(RENDERINGS), p=_normalised(self.shares))]
         if program in FORMATS and tree.blocks and off < self.off_share:
             trace = render_blocks(tree, FORMATS[program], max_forks=int(rng.integers(min(2, len(tree.blocks)))))
         else:
@@ -90,4 +96,4 @@ def _normalised(shares: tuple[float, ...]) -> np.ndarray:
 
 @functools.cache
 def _held_out() -> frozenset[Problem]:
-    return frozenset(problem for name in ("apr", "hard", "five") for problem in held_out_problems(name))
+    return frozenset(problem for name in SETS for problem in held_out_problems(name))

@@ -103,12 +103,12 @@ def draw_answers(rng: np.random.Generator, exclude: Collection[Problem] = ()) ->
         problem = _problem(rng, numbers, steps[rng.integers(len(steps))][1])
         if problem is None or problem in exclude:
             continue
-        tree = search(problem)
+        tree = search(problem, beyond=False)
         program = str(rng.choice(list(RENDERINGS)))
         if in_opening != (tree.opening.solution is not None) or tree.solution is None:
             continue
         if in_opening:
-            (span,) = RENDERINGS[program](dataclasses.replace(tree, blocks=()))
+            (span,) = RENDERINGS[program](tree)
             traces.append((_answer_only(span),))
             continue
         block = next(block for block in tree.blocks if any(line.solution for line in block))

@@ -5,8 +5,11 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 import numpy as np
 
+from apr_jax.config import ModelConfig
 from apr_jax.models.decoder import Decoder
 from apr_jax.models.params import build_decoder, named_params
+from apr_jax.tasks.countdown_vocabulary import BOS, EOS
+from apr_jax.tokenizers import Tokenizer
 
 
 def _core(piece: str) -> str:
@@ -26,6 +29,16 @@ def tie_matching_heads(decoder: Decoder) -> None:
         heads = queries.reshape(config.d_model, config.num_kv_heads, config.group_size, config.head_dim)
         heads[:, :, 0] = keys.reshape(config.d_model, config.num_kv_heads, config.head_dim)
         layer.attention.q.kernel[...] = jnp.asarray(heads.reshape(queries.shape))
+
+
+def pieces_of(tokenizer: Tokenizer, config: ModelConfig) -> list[str]:
+    """The text of every token; of those that begin and end a text, which decode to nothing, the name."""
+    pieces = [tokenizer.decode([i]) for i in range(config.vocab_size)]
+    if config.bos_id is not None:
+        pieces[config.bos_id] = BOS
+    for i in config.eos_ids:
+        pieces[i] = EOS
+    return pieces
 
 
 def take_over(decoder: Decoder, source: Decoder, source_pieces: Sequence[str], pieces: Sequence[str]) -> Decoder:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax import nnx
 
@@ -15,6 +16,7 @@ from apr_jax.models.decoder import Decoder
 from apr_jax.train.data import ChunkReader, ChunkStore
 from apr_jax.train.state import Checkpoints, TrainState
 from apr_jax.train.supervised import make_train_step
+from apr_jax.train.utilisation import matmul_flops_per_s, step_flops
 
 Metrics = dict[str, float]
 
@@ -123,8 +125,8 @@ def train(
 
     Returns: the trained decoder.
 
-    A record holds the step's loss, and since the one before: learned tokens a second, the arithmetic that takes, and
-    the share of time spent waiting for data.
+    A record holds the step's loss, and since the one before: learned tokens a second, the arithmetic done a second, its
+    share of what a large matmul reaches on the device, and the share of time spent waiting for data.
     """
     workdir.mkdir(parents=True, exist_ok=True)
     optimizer = optimizer_config.build()
@@ -136,8 +138,8 @@ def train(
     log = TrainLog(workdir / "log.jsonl", state.step)
     update = make_train_step(graphdef, optimizer, token_weights)
     last_step = min(optimizer_config.num_steps, stop_at or optimizer_config.num_steps)
-    num_tokens, since, waited_s = 0.0, time.monotonic(), 0.0
-    flops_per_token = 6 * decoder.num_params  # forward and backward, attention left out
+    num_params, peak_flops_per_s = decoder.num_params, matmul_flops_per_s(str(jnp.dtype(decoder.dtype)))
+    num_tokens, flops, since, waited_s = 0.0, 0.0, time.monotonic(), 0.0
 
     def record(values: Mapping[str, Any]) -> None:
         log.write({"step": state.step, **values})
@@ -156,24 +158,27 @@ def train(
                 batch = steps[state.offset]
                 state.params, state.opt_state, metrics = update(state.params, state.opt_state, batch)
                 num_tokens += float(metrics["num_tokens"])
+            num_rows = {length: len(rows["tokens"]) for length, rows in batch.items()}
+            flops += step_flops(decoder.config, num_params, num_rows)
             state.step, state.offset = state.step + 1, state.offset + 1
             on_step(state.step)
             if state.step % loop.log_every == 0 or state.step == last_step:
                 now = time.monotonic()
                 values: dict[str, Any] = {name: round(float(value), 5) for name, value in metrics.items()}
-                per_s = num_tokens / (now - since)
+                flops_per_s = flops / (now - since)
                 values |= {
-                    "tokens_per_s": round(per_s),
-                    "gflops_per_s": round(per_s * flops_per_token / 1e9, 2),
+                    "tokens_per_s": round(num_tokens / (now - since)),
+                    "gflops_per_s": round(flops_per_s / 1e9, 2),
+                    "utilisation": float(f"{flops_per_s / peak_flops_per_s:.3g}"),
                     "data_wait": round(waited_s / (now - since), 3),
                     "time": round(time.time(), 1),
                 }
                 record(values)
-                num_tokens, since, waited_s = 0.0, now, 0.0
+                num_tokens, flops, since, waited_s = 0.0, 0.0, now, 0.0
             finished = state.step == optimizer_config.num_steps
             if evaluate is not None and (state.step % loop.eval_every == 0 or finished):
                 record({"held_out": evaluate(nnx.merge(graphdef, state.params))})
-                num_tokens, since, waited_s = 0.0, time.monotonic(), 0.0
+                num_tokens, flops, since, waited_s = 0.0, 0.0, time.monotonic(), 0.0
             if state.step % loop.checkpoint_every == 0 or state.step == last_step:
                 checkpoints.save(graphdef, state)
     checkpoints.close()

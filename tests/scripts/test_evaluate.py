@@ -137,8 +137,9 @@ def test_problems_of_the_users_own(tmp_path):
         (("--num_problems=0",), "--num_problems=0, must be >= 1"),
         (
             ("--task=sudoku",),
-            "flag --task=sudoku: value should be one of <countdown|countdown_five|countdown_hard|math>",
+            "--task=sudoku is not one of countdown, countdown_five, countdown_hard, math",
         ),
+        (("--task=countdown+min_target=200+max_target=300", "--program=apr"), "must be <= 100 in APR's text"),
         (("--temperature=-1",), "temperature is -1.0, must be >= 0"),
         (("--budgets=256,0",), "--budgets has '0', must be numbers of tokens >= 1, or unlimited"),
         (("--program=multiverse+when=soon",), "--program=multiverse+when=soon: when is 'soon', must be all, first,"),

@@ -11,9 +11,9 @@ import pytest
 
 from apr_jax.tasks.countdown import (
     APR,
-    HARD,
     Equation,
     Problem,
+    ProblemConfig,
     check_equations,
     draw_problem,
     draw_problems,
@@ -82,8 +82,8 @@ def test_problems_follow_the_distribution():
     ):
         shares = [sum(1 for v in values if v // 10 == i) / len(values) for i in range(10 - decades, 10)]
         assert all(0.5 / decades < share < 2 / decades for share in shares), shares
-    hard = draw_problem(0, 0, HARD)
-    assert len(hard.numbers) == 5 and hard.target <= 999
+    with pytest.raises(ValueError, match=r"100,000 draws gave no solvable problem of .*max_number=1"):
+        draw_problem(0, 0, ProblemConfig(num_numbers=3, max_number=1, min_target=900, max_target=999))
 
 
 def test_a_problem_depends_on_seed_and_index_alone():

@@ -1,9 +1,13 @@
 """The search: what it finds is right, and what it misses has a reason."""
 
+import itertools
+
 import pytest
 
 from apr_jax.tasks.countdown import APR, Problem, ProblemConfig, check_equations, combine, draw_problem, draw_problems
+from apr_jax.tasks.countdown_renderings import RENDERINGS
 from apr_jax.tasks.countdown_search import MAX_VALUE, compare, hardness, needing, quad, search
+from apr_jax.tasks.countdown_sets import HARD_STATES, ProblemSet
 
 PROBLEMS = draw_problems(21, 150)
 
@@ -112,3 +116,39 @@ def test_nearest_made_values_are_listed_up_to_the_first_match():
 def test_search_refuses_what_it_cannot_write(numbers, target, message):
     with pytest.raises(ValueError, match=message):
         search(Problem(numbers, target))
+
+
+def test_a_search_that_stops_behind_its_match_is_written_the_same():
+    for problem in PROBLEMS[:60]:
+        whole, short = search(problem), search(problem, beyond=False)
+        assert short.solution == whole.solution and short.lines == whole.lines[: len(short.lines)]
+        for render in RENDERINGS.values():
+            assert render(short) == render(whole)
+        if whole.opening.solution is not None:
+            assert short.blocks == ()
+
+
+def test_difficulty_is_a_dial():
+    large = ProblemConfig(num_numbers=6, min_number=5, min_target=500, max_target=999)
+    for problem in itertools.islice(ProblemSet(config=large, min_hardness=3).draw(7), 20):
+        assert len(problem.numbers) == 6 and min(problem.numbers) >= 5 and 500 <= problem.target <= 999
+        assert hardness(problem) >= 3
+    drawn = [hardness(problem) for problem in itertools.islice(ProblemSet().draw(3), 1000)]
+    assert 0.17 < sum(states >= HARD_STATES for states in drawn) / len(drawn) < 0.24, "the hardest fifth"
+    few = ProblemSet(config=ProblemConfig(num_numbers=3, max_number=2, min_target=1, max_target=3))
+    with pytest.raises(ValueError, match="20,000 draws behind problem"):
+        list(few.draw(0))
+
+
+@pytest.mark.parametrize(
+    ("dial", "message"),
+    [
+        ({"num_numbers": 7}, r"num_numbers is 7, must be in \[3, 6\]"),
+        ({"max_number": 100}, r"max_number is 100, must be in \[1, 99\]"),
+        ({"min_target": 200}, r"max_target is 100, must be in \[200, 999\]"),
+        ({"max_target": 1000}, r"max_target is 1000, must be in \[10, 999\]"),
+    ],
+)
+def test_a_set_that_the_search_cannot_write_is_refused(dial, message):
+    with pytest.raises(ValueError, match=message):
+        ProblemSet(config=ProblemConfig(**dial))

@@ -28,7 +28,10 @@ from apr_jax.train.data import ChunkReader, ChunkStore
 from apr_jax.train.export import export_countdown
 from apr_jax.train.held_out import teacher_forced
 from apr_jax.train.loop import LoopConfig, OptimizerConfig, train
+from apr_jax.train.packing import FIELDS
 from apr_jax.train.state import Checkpoints, TrainState
+from apr_jax.train.supervised import make_train_step
+from apr_jax.train.utilisation import step_flops
 
 pytestmark = pytest.mark.usefixtures("light_compilation")  # compiling takes most of the time
 
@@ -137,7 +140,7 @@ def test_samples_leave_out_the_held_out_problems(monkeypatch):
     assert all(set(problems) <= drawn[0] for problems in sets.values())
     for task, name in (("countdown", "apr"), ("countdown_hard", "hard"), ("countdown_five", "five")):
         assert tuple(TASKS[task].problems(20, HELD_OUT_SEED)) == sets[name][:20]
-    assert all(hardness(problem) >= 5 and len(problem.numbers) == 4 for problem in sets["hard"])
+    assert all(hardness(problem) >= 6 and len(problem.numbers) == 4 for problem in sets["hard"])
     assert all(len(problem.numbers) == 5 for problem in sets["five"])
 
 
@@ -186,3 +189,19 @@ def test_script_survives_a_real_kill(tmp_path):
         assert process.returncode == 0 and "for 20 steps" in output
     whole, resumed = ((tmp_path / w / "model" / "model.safetensors").read_bytes() for w in ("whole", "killed"))
     assert whole == resumed
+
+
+def test_the_log_says_how_much_of_the_device_a_step_uses(tmp_path):
+    run(tmp_path, tmp_path / "data")
+    records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert all(0 < record["utilisation"] < 1 for record in records[2:]) and records[-1]["tokens_per_s"] > 0
+
+
+def test_flops_of_a_step_are_those_that_the_compiler_counts():
+    decoder = Decoder(CONFIG, rngs=nnx.Rngs(0))
+    graphdef, params = nnx.split(decoder)
+    length = 512  # a few chunks of attention: a query's own chunk is computed whole
+    batch = {length: {name: np.zeros((2, length), np.int32) for name in FIELDS}}
+    optimizer = OptimizerConfig(num_steps=2, warmup_steps=1).build()
+    step = make_train_step(graphdef, optimizer).lower(params, optimizer.init(params), batch).compile()
+    assert 0.75 < step_flops(CONFIG, decoder.num_params, {length: 2}) / step.cost_analysis()["flops"] < 1

@@ -23,7 +23,7 @@ from apr_jax.tokenizers import SentencePieceTokenizer
 from apr_jax.train.countdown_data import PAD_ID, PIECE_IDS, CountdownSamples
 from apr_jax.train.countdown_drills import NUM_ROUNDS, NUM_STATES, draw_answers, draw_nodes, draw_rounds
 from apr_jax.train.decoded import decoded
-from apr_jax.train.initialization import take_over, tie_matching_heads
+from apr_jax.train.initialization import pieces_of, take_over, tie_matching_heads
 from apr_jax.train.packing import flatten, pack, stack
 from apr_jax.train.supervised import mean_loss
 
@@ -133,6 +133,23 @@ def test_drills_give_operands_and_teach_the_rest():
     assert 0.4 < row.loss.mean() < 0.8
 
 
+def test_sizes_and_targets_are_drawn_by_their_shares():
+    samples = CountdownSamples(sizes=(0.3, 0.3, 0.2, 0.2), large_share=0.5, shares=(1.0, 0.0, 0.0, 0.0, 1.0))
+    seen = {"sequential": set(), "apr": set()}
+    for i in range(150):
+        for row in samples(i)[:1]:
+            text = "".join(vocabulary()[token] for token in row.tokens)
+            if found := re.match(r"<bos><sequential> ([\d ]+) -> (\d+)", text):
+                seen["sequential"].add((len(found[1].split()), int(found[2]) > 100))
+            else:
+                found = re.search(r"Current State: (\d+):\[([\d, ]+)\]", text)
+                seen["apr"].add((len(found[2].split(", ")), int(found[1]) > 100))
+    assert seen["sequential"] == {(size, large) for size in (3, 4, 5, 6) for large in (False, True)}
+    assert seen["apr"] == {(size, False) for size in (3, 4, 5, 6)}
+    with pytest.raises(ValueError, match=r"sizes are .* must be 4 numbers"):
+        CountdownSamples(sizes=(1.0,))
+
+
 def test_drills_come_first_and_then_no_more():
     samples = CountdownSamples(drill_share=1.0, num_drilled=3, drill_shares=(1.0, 0.0, 0.0))
     drills = [row for i in range(3) for row in samples(i)]
@@ -180,6 +197,14 @@ def test_weights_change_the_gradient_and_not_the_reported_loss():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), none, ones)
     assert max(float(jnp.abs(x).max()) for x in jax.tree.leaves(only_matches)) > 1e-4
     jax.tree.map(lambda a, b, c: np.testing.assert_allclose(a, b + c, atol=1e-6), none, only_matches, others)
+
+
+def test_pieces_of_a_checkpoint_are_its_vocabulary(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(build_sentencepiece_model())
+    pieces = pieces_of(SentencePieceTokenizer(tmp_path / "tokenizer.model"), CONFIG)
+    assert len(pieces) == len(vocabulary())
+    assert {piece for piece, ours in zip(pieces, vocabulary(), strict=True) if piece != ours} <= {""}
+    assert (pieces[1], pieces[2]) == ("<bos>", "<eos>") and pieces.count("") <= 1  # padding
 
 
 def test_a_source_is_taken_over_piece_by_piece():
