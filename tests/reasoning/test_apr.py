@@ -162,19 +162,35 @@ def test_unknown_and_repeated_nodes_are_dropped():
     ]
 
 
-def test_a_node_that_the_tokenizer_cannot_write_is_dropped_alone():
-    class Narrow(ByteTokenizer):
-        def encode(self, text, **options):
-            if "%" in text:
-                raise ValueError("no token for '%'")
-            return super().encode(text, **options)
+class Narrow(ByteTokenizer):
+    """Has no token for one text."""
 
+    def __init__(self, missing: str):
+        super().__init__(TAGS)
+        self.missing = missing
+
+    def encode(self, text, **options):
+        if self.missing in text:
+            raise ValueError(f"no token for {self.missing!r}")
+        return super().encode(text, **options)
+
+
+def test_a_node_that_the_tokenizer_cannot_write_is_dropped_alone():
     texts = TEXTS | {"": TEXTS[""].replace("53-22=31\nExp", "53%22=31\nExp"), "0.0/0.0": SEARCHES[1]}
-    out = run(texts, Narrow(TAGS), script=Transcripts(ONE, texts))
-    reason = "thread 1: a search from node #0,0, which has no prompt (no token for '%'): dropped"
+    out = run(texts, Narrow("%"), script=Transcripts(ONE, texts))
+    reason = "thread 1: a search from node #0,0, which cannot be written (no token for '%'): dropped"
     assert out.degraded == [reason] and out.finish_reason == "eos"
     assert [thread.parent for thread in out.threads] == [None, 0, 1]
     assert "<Goal Reached in Sub Search 0 at level 1 at Node #0,1>" in out.text
+
+
+def test_a_search_that_could_not_be_told_of_is_not_begun():
+    out = run(TEXTS, Narrow("Solution in Sub Search 1"), script=Transcripts(ONE, TEXTS))
+    reason = (
+        "thread 1: a search from node #0,1, which cannot be written (no token for 'Solution in Sub Search 1'): dropped"
+    )
+    assert out.degraded == [reason] and out.finish_reason == "eos"
+    assert len(out.threads) == 3 and "Sub Search 0 at level 1 at Node #0,0>" in out.text
 
 
 def test_a_call_of_nothing_stays_text():

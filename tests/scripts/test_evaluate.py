@@ -105,6 +105,17 @@ def test_without_matplotlib_the_rest_is_written(tmp_path, countdown):
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"records.jsonl", "results.json", "table.md"}
 
 
+def test_problems_of_a_dialled_kind(tmp_path, countdown):
+    args = (f"--checkpoint={countdown}", "--num_problems=2", "--max_new_tokens=4")
+    large = "--task=countdown+num_numbers=6+min_target=200+max_target=300"
+    code, _, err = run("evaluate.py", *args, large, "--program=multiverse", f"--output_json={tmp_path / 'out.json'}")
+    assert code == 0, err
+    content = json.loads((tmp_path / "out.json").read_text())
+    assert (content["task"], content["num_problems"]) == (large.removeprefix("--task="), 2)
+    code, _, err = run("evaluate.py", *args, large, "--program=multiverse,apr")
+    assert code == 2 and "must be <= 100 in APR's text" in err
+
+
 def test_problems_of_the_users_own(tmp_path):
     pytest.importorskip("math_verify")
     save_checkpoint(tmp_path / "model", tiny_decoder(), byte_tokenizer())
@@ -139,7 +150,6 @@ def test_problems_of_the_users_own(tmp_path):
             ("--task=sudoku",),
             "--task=sudoku is not one of countdown, countdown_five, countdown_hard, math",
         ),
-        (("--task=countdown+min_target=200+max_target=300", "--program=apr"), "must be <= 100 in APR's text"),
         (("--temperature=-1",), "temperature is -1.0, must be >= 0"),
         (("--budgets=256,0",), "--budgets has '0', must be numbers of tokens >= 1, or unlimited"),
         (("--program=multiverse+when=soon",), "--program=multiverse+when=soon: when is 'soon', must be all, first,"),

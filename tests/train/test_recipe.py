@@ -12,6 +12,8 @@ from flax import nnx
 
 from apr_jax.config import ModelConfig
 from apr_jax.models.decoder import Decoder
+from apr_jax.reasoning.api import Engine
+from apr_jax.reasoning.output import GenerateError
 from apr_jax.tasks.countdown import Problem, check_equations, parse_equations
 from apr_jax.tasks.countdown_renderings import RENDERINGS
 from apr_jax.tasks.countdown_search import quad
@@ -242,3 +244,19 @@ def test_decoding_evaluates_new_weights_in_one_engine(tmp_path):
     (eos,) = CONFIG.eos_ids
     ends_at_once.embedding[...] = jnp.ones_like(ends_at_once.embedding[...]).at[eos].mul(2.0)
     assert evaluate(ends_at_once)["decoded/sequential/total_tokens"] == 1
+
+
+def test_a_request_that_fails_does_not_end_an_evaluation(tmp_path, monkeypatch):
+    task = TASKS["countdown"]
+    (tmp_path / "tokenizer.model").write_bytes(build_sentencepiece_model())
+    tokenizer = SentencePieceTokenizer(tmp_path / "tokenizer.model")
+    generate = Engine.generate
+
+    def fails(engine, *args, **options):
+        raise GenerateError(generate(engine, *args, **options), {1: ValueError("no token for this")})
+
+    monkeypatch.setattr(Engine, "generate", fails)
+    problems = task.problems(2, HELD_OUT_SEED)
+    evaluate = decoded(task, problems, tokenizer, programs=["sequential"], max_new_tokens=4)
+    figures = evaluate(Decoder(CONFIG, rngs=nnx.Rngs(0)))
+    assert figures["decoded/sequential/accuracy"] == 0 and figures["decoded/sequential/total_tokens"] == 4

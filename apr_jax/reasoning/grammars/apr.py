@@ -37,6 +37,7 @@ from apr_jax.types import SamplingParams
 CALLING, END_CALLING = "<Calling Sub Searches>", "<End Calling Sub Searches>"
 RESULTS, END_RESULTS = "<Sub Searches>", "<End Sub Searches>"
 GOAL = "Goal Reached"
+OUTCOMES = ("No Solution", GOAL)
 STATE = re.compile(r"Moving to Node #([\d,]+) *\nCurrent State: *(\d+):\[([^\]\n]*)\], Operations: \[([^\]\n]*)\]")
 GENERATED = re.compile(r"Generated Node #([\d,]+): *(\d+):\[([^\]\n]*)\] *Operation: *(\S+)")
 CALL = re.compile(r"<Start Sub Search [^>\n]*> Moving to Node #([\d,]+)")
@@ -77,6 +78,11 @@ def winning_path(trace: str) -> str | None:
     """What a search returns: the path that it repeats once it has reached the goal; None if it has not."""
     parts = trace.split(GOAL)
     return GOAL.join(parts[-2:]).strip() if len(parts) > 2 else None
+
+
+def _line(outcome: str, index: int, node: Node) -> str:
+    """What the root reads of a search."""
+    return f"\n<{outcome} in Sub Search {index} at level 1 at Node #{node.name}>"
 
 
 class AprProgram(Program):
@@ -160,10 +166,13 @@ class AprProgram(Program):
             elif known[name] in prompts:
                 degraded.append(f"a search from node #{name} is called twice: dropped")
             else:
-                try:
-                    prompts[known[name]] = self._tokenizer.encode(str(known[name]))
-                except ValueError as error:  # a small vocabulary may write a node and not its prompt
-                    degraded.append(f"a search from node #{name}, which has no prompt ({error}): dropped")
+                try:  # a small vocabulary may write a node and not its prompt, or not what became of it
+                    prompt = self._tokenizer.encode(str(known[name]))
+                    for outcome in OUTCOMES:
+                        self._tokenizer.encode(_line(outcome, len(prompts), known[name]), continuation=True)
+                    prompts[known[name]] = prompt
+                except ValueError as error:
+                    degraded.append(f"a search from node #{name}, which cannot be written ({error}): dropped")
         return prompts, degraded
 
     def _results(self, call: Thread) -> list[int]:
@@ -173,11 +182,8 @@ class AprProgram(Program):
         searches = [thread for thread in call.family.threads if thread.parent is call]  # cancelled ones too
         for i, (node, search) in enumerate(zip(self._called(call)[0], searches, strict=False)):
             path = winning_path(self._trace(search)) if search in call.joins[-1].children else None
-            outcome = "No Solution" if path is None else GOAL
-            lines.append(f"<{outcome} in Sub Search {i} at level 1 at Node #{node.name}>")
-            if path is not None:
-                lines.append(path)
-        return self._tokenizer.encode("\n".join([*lines, END_RESULTS, ""]), continuation=True)
+            lines.append(_line(OUTCOMES[path is not None], i, node) + ("" if path is None else f"\n{path}"))
+        return self._tokenizer.encode("".join([*lines, f"\n{END_RESULTS}\n"]), continuation=True)
 
     def _trace(self, search: Thread) -> str:
         """A search's prompt and what it wrote."""
