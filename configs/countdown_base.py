@@ -1,6 +1,6 @@
 """The embedded model: 0.95M parameters, three hours on one idle CPU core.
 
-Not run from scratch as a whole: its model card says how the shipped weights came about.
+Run from scratch to its middle (docs/benchmarks.md); the model card says how the shipped weights came about.
 """
 
 from ml_collections import config_dict
