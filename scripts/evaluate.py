@@ -1,7 +1,7 @@
 """Measures programs on a task: accuracy against critical path, tokens, context and wall clock. Resumable.
 
-All programs get the same problems. The embedded model was never trained on those of seed 1, the default, of its three
-sets: the first 1,000 of countdown and countdown_hard, 500 of countdown_five.
+All programs get the same problems. Those of seed 1, the default, are held out: the first 1,000 of countdown and
+countdown_hard, 500 of countdown_five. (What early training of the embedded model did not leave out, its card says.)
 With --output_dir every finished problem is on disk at once, and the same command goes on where it was stopped; it ends
 with results.json, table.md and plots there.
 
