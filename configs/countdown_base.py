@@ -1,6 +1,6 @@
 """The embedded model: 0.95M parameters; an estimated three hours on one idle CPU core.
 
-Run from scratch only past its middle so far (docs/benchmarks.md); the model card says how the shipped weights came about.
+Run from scratch past its middle only (docs/benchmarks.md); the model card says how the shipped weights came about.
 """
 
 from ml_collections import config_dict
