@@ -11,7 +11,7 @@ def get_config() -> config_dict.ConfigDict:
     config.seed = 0
     config.wave_embeddings = True  # start number embeddings from waves, see tasks/countdown_features.py
     config.matching_heads = True  # start some heads as matchers, see train/initialization.py
-    config.match_weight = 1.0  # of the token that says "a match" in the loss
+    config.match_weight = 3.0  # of the token that says "a match" in the loss
     config.model = config_dict.create(
         d_model=128, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=32, d_ff=384, max_position=2048
     )
@@ -25,9 +25,9 @@ def get_config() -> config_dict.ConfigDict:
         off_share=0.15,
         sizes=(0.03, 0.93, 0.03, 0.01),
         large_share=0.02,
+        drilled=(15_000, 110_000),  # 10 samples a step
         drill_share=0.25,
         drill_shares=(0.3, 0.35, 0.35),  # rounds, nodes, answers
-        num_drilled=55_000,
     )
     # rows a step of each length, about 5,000 tokens, 3,600 of them learned; the longest fill every fourth step
     config.data = config_dict.create(chunk_size=400, lengths=(640, 1280, 2048), rows=(3, 2, 1))
@@ -37,14 +37,14 @@ def get_config() -> config_dict.ConfigDict:
         muon_learning_rate=0.03,
         final_share=0.01,
         warmup_steps=100,
-        num_steps=6000,
+        num_steps=12_000,
         beta2=0.98,
         weight_decay=0.01,
         clip_norm=1.0,
     )
     config.loop = config_dict.create(
-        log_every=20, eval_every=1000, checkpoint_every=150, keep_checkpoints=3, num_workers=1
+        log_every=20, eval_every=3000, checkpoint_every=150, keep_checkpoints=3, num_workers=1
     )
     config.num_eval_problems = 100  # teacher-forced
-    config.num_decoded_problems = 50  # of those, decoded by the engine under every program
+    config.num_decoded_problems = 20  # of those, decoded by the engine under every program
     return config

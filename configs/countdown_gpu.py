@@ -12,7 +12,7 @@ from configs import countdown_base
 def get_config() -> config_dict.ConfigDict:
     config = countdown_base.get_config()
     config.model.update(d_model=192, num_layers=6, num_heads=6, num_kv_heads=3, d_ff=576)
-    config.samples.num_drilled = 200_000
+    config.samples.drilled = (100_000, 920_000)
     config.data.update(chunk_size=4000, rows=(36, 26, 4))  # about 64,000 tokens a step
     config.optimizer.update(warmup_steps=300, num_steps=8000)
     config.loop.update(eval_every=1000, checkpoint_every=500, num_workers=12)

@@ -33,8 +33,9 @@ class CountdownSamples:
       off_share: of those with blocks, those that write some or all as lines, as a thread does that may not fork.
       sizes: how often a problem has 3, 4, 5 and 6 numbers; need not sum to 1.
       large_share: of problems that are not written in APR's text, those with a target above 100, up to 999.
-      drill_share: of the first `num_drilled` samples, those that are drills instead (see `countdown_drills`);
-        drill_shares: how often they are of rounds, nodes and answers; need not sum to 1.
+      drilled: the half-open interval of samples of which some are drills instead (see `countdown_drills`);
+        drill_share: of them, those that are; drill_shares: how often they are of rounds, nodes and answers; need not
+        sum to 1.
     """
 
     seed: int = 0
@@ -46,8 +47,8 @@ class CountdownSamples:
     off_share: float = 0.1
     sizes: tuple[float, ...] = (0.0, 1.0, 0.0, 0.0)
     large_share: float = 0.0
+    drilled: tuple[int, int] = (0, 0)
     drill_share: float = 0.0
-    num_drilled: int = 0
     drill_shares: tuple[float, ...] = (1.0, 1.0, 1.0)
 
     def __post_init__(self):
@@ -59,8 +60,8 @@ class CountdownSamples:
     def __call__(self, index: int) -> list[Row]:
         """The rows of sample number `index`; none if it is left out."""
         rng = np.random.default_rng((self.seed, index, 1))
-        drilled, large, keep, join_draw, off = rng.random(5)
-        if index < self.num_drilled and drilled < self.drill_share:
+        drill, large, keep, join_draw, off = rng.random(5)
+        if index in range(*self.drilled) and drill < self.drill_share:
             kind = rng.choice(3, p=_normalised(self.drill_shares))
             if kind == 2:
                 drills = draw_answers(rng, _held_out())

@@ -153,7 +153,7 @@ def test_sizes_and_targets_are_drawn_by_their_shares():
 
 
 def test_drills_come_first_and_then_no_more():
-    samples = CountdownSamples(drill_share=1.0, num_drilled=3, drill_shares=(1.0, 0.0, 0.0))
+    samples = CountdownSamples(drill_share=1.0, drilled=(0, 3), drill_shares=(1.0, 0.0, 0.0))
     drills = [row for i in range(3) for row in samples(i)]
     assert len(drills) == 3 and all(row.tokens[2] == PIECE_IDS[" ,"] for row in drills)
     later = [row for i in range(3, 12) for row in samples(i)]
@@ -163,7 +163,7 @@ def test_drills_come_first_and_then_no_more():
 def test_every_kind_of_drill_is_drawn():
     for kind, piece in enumerate((" ~", "\nGenerated Node #0,1: ", " =>")):
         shares = tuple(float(i == kind) for i in range(3))
-        rows = CountdownSamples(drill_share=1.0, num_drilled=1, drill_shares=shares)(0)
+        rows = CountdownSamples(drill_share=1.0, drilled=(0, 1), drill_shares=shares)(0)
         assert any(PIECE_IDS[piece] in row.tokens[1:][row.loss[:-1] > 0] for row in rows), piece
 
 
