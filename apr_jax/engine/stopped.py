@@ -50,7 +50,7 @@ class StoppedThreads(Loop):
     def _begins_held(self, child: Thread) -> bool:
         """Whether a new child begins only when siblings have ended or wait."""
         max_width = child.family.max_width
-        return max_width is not None and child.path[-1][1] >= max_width
+        return max_width is not None and child.ordinal >= max_width
 
     def _force(self, thread: Thread, ids: Sequence[int]) -> None:
         thread.token_ids += ids

@@ -154,6 +154,11 @@ class Thread:
     num_avoided: int = 0
 
     @property
+    def ordinal(self) -> int:
+        """A child's place in its fork."""
+        return self.path[-1][1]
+
+    @property
     def is_done(self) -> bool:
         return self.status in (Status.FINISHED, Status.CANCELLED)
 

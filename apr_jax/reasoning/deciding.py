@@ -14,7 +14,7 @@ from apr_jax.config import check
 from apr_jax.engine.joining import flatten
 from apr_jax.engine.spans import spans
 from apr_jax.engine.thread import Thread
-from apr_jax.reasoning.metrics import critical_path, forked_path, joined_path, ordinal
+from apr_jax.reasoning.metrics import critical_path, forked_path, joined_path
 from apr_jax.reasoning.program import Cancel, Finish, Join, Keep, Program, Wait
 from apr_jax.reasoning.wrapped import Wrapped
 from apr_jax.tokenizers import Tokenizer
@@ -71,7 +71,9 @@ class Quorum:
             if self.accept is None or self.accept(child):
                 chosen.append(child)
             if len(chosen) == self.count:
-                return Decision(sorted(chosen, key=ordinal), None if self.arrival else times.end(child))
+                return Decision(
+                    sorted(chosen, key=lambda child: child.ordinal), None if self.arrival else times.end(child)
+                )
         return None if running else Decision(ended, None)
 
 
@@ -137,7 +139,7 @@ class Times:
 
     def rank(self, child: Thread) -> tuple[int, int]:
         """Where a child comes among its siblings."""
-        return self.end(child), ordinal(child)
+        return self.end(child), child.ordinal
 
     def ranked(self, children: Iterable[Thread]) -> list[Thread]:
         return sorted(children, key=self.rank)

@@ -71,13 +71,8 @@ def joined_path(thread: Thread) -> int:
 
 def forked_path(children: Iterable[Thread]) -> int:
     """What all children of one fork add to the critical path of their parent."""
-    children = sorted(children, key=ordinal)
+    children = sorted(children, key=lambda child: child.ordinal)
     return makespan(map(critical_path, children), children[0].family.max_width) if children else 0
-
-
-def ordinal(child: Thread) -> int:
-    """A child's place in its fork."""
-    return child.path[-1][1]
 
 
 def descendants(thread: Thread) -> Iterator[Thread]:

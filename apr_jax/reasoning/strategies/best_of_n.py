@@ -5,7 +5,6 @@ from collections.abc import Sequence
 
 from apr_jax.engine.thread import Family, Stop, Thread
 from apr_jax.reasoning.deciding import first
-from apr_jax.reasoning.metrics import ordinal
 from apr_jax.reasoning.program import Cancel, Finish, Fork, Join, Request, Wait
 from apr_jax.reasoning.strategies.options import StrategyOptions
 from apr_jax.reasoning.strategies.strategy import Strategy
@@ -44,7 +43,7 @@ class BestOfN(Strategy):
                 return self._select(parent, decision.children, None if waits else decision.cut)
         if not ended:
             return self._select(parent, []) if not running else Wait()
-        best = max(ended, key=lambda child: (judged[child.id][1], -ordinal(child)))
+        best = max(ended, key=lambda child: (judged[child.id][1], -child.ordinal))
         if not running:
             return self._select(parent, [best])
         worse = [child for child in ended if child is not best and not judged[child.id][0]]
