@@ -71,9 +71,8 @@ class Quorum:
             if self.accept is None or self.accept(child):
                 chosen.append(child)
             if len(chosen) == self.count:
-                return Decision(
-                    sorted(chosen, key=lambda child: child.ordinal), None if self.arrival else times.end(child)
-                )
+                chosen.sort(key=lambda child: child.ordinal)
+                return Decision(chosen, None if self.arrival else times.end(child))
         return None if running else Decision(ended, None)
 
 

@@ -39,7 +39,7 @@ class Tree:
             after, children = [], []
             for ordinal in range(self.draw(st.integers(0, 3))):
                 child, ends = self.thread(thread, before, depth + 1)
-                child.path = ((len(thread.joins), ordinal),)
+                child.path, child.ordinal = ((len(thread.joins), ordinal),), ordinal
                 children.append(child)
                 after += ends
             if self.draw(st.integers(0, 9)) == 0:  # forked, not joined yet
