@@ -27,7 +27,6 @@ class Tree:
             id=len(self.family.threads),
             parent=parent,
             family=self.family,
-            path=(),
             prompt_ids=[],
             token_ids=[],
             joins=[],
@@ -39,7 +38,7 @@ class Tree:
             after, children = [], []
             for ordinal in range(self.draw(st.integers(0, 3))):
                 child, ends = self.thread(thread, before, depth + 1)
-                child.path, child.ordinal = ((len(thread.joins), ordinal),), ordinal
+                child.ordinal = ordinal
                 children.append(child)
                 after += ends
             if self.draw(st.integers(0, 9)) == 0:  # forked, not joined yet
