@@ -25,7 +25,7 @@ def get_config() -> config_dict.ConfigDict:
         off_share=0.15,
         sizes=(0.03, 0.93, 0.03, 0.01),
         large_share=0.02,
-        drilled=(15_000, 110_000),  # 10 samples a step
+        drilled=(15_000, 160_000),  # 10 samples a step
         drill_share=0.25,
         drill_shares=(0.3, 0.35, 0.35),  # rounds, nodes, answers
     )
@@ -37,7 +37,8 @@ def get_config() -> config_dict.ConfigDict:
         muon_learning_rate=0.03,
         final_share=0.01,
         warmup_steps=100,
-        num_steps=12_000,
+        num_steps=17_000,
+        restarts=((12_000, 0.6),),
         beta2=0.98,
         weight_decay=0.01,
         clip_norm=1.0,

@@ -14,7 +14,7 @@ def get_config() -> config_dict.ConfigDict:
     config.model.update(d_model=192, num_layers=6, num_heads=6, num_kv_heads=3, d_ff=576)
     config.samples.drilled = (100_000, 920_000)
     config.data.update(chunk_size=4000, rows=(36, 26, 4))  # about 64,000 tokens a step
-    config.optimizer.update(warmup_steps=300, num_steps=8000)
+    config.optimizer.update(warmup_steps=300, num_steps=8000, restarts=())
     config.loop.update(eval_every=1000, checkpoint_every=500, num_workers=12)
     config.num_eval_problems = 100
     config.num_decoded_problems = 100

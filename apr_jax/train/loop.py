@@ -1,6 +1,7 @@
 """The supervised run: schedule, steps, evaluation, checkpoints, log. Resumes from its working directory."""
 
 import dataclasses
+import itertools
 import json
 import pathlib
 import time
@@ -23,7 +24,12 @@ Metrics = dict[str, float]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW with warm-up and cosine decay; "muon" trains the matrices inside layers with Muon."""
+    """AdamW with warm-up and cosine decay; "muon" trains the matrices inside layers with Muon.
+
+    Attributes:
+      final_share: of the peak, at the end of a decay.
+      restarts: (step, share of the peak) where the learning rate warms up and decays once more, in order.
+    """
 
     name: str = "adamw"
     learning_rate: float = 3e-3
@@ -31,6 +37,7 @@ class OptimizerConfig:
     final_share: float = 0.01
     warmup_steps: int = 100
     num_steps: int = 1000
+    restarts: tuple[tuple[int, float], ...] = ()
     beta2: float = 0.98
     weight_decay: float = 0.01
     clip_norm: float = 1.0
@@ -38,15 +45,24 @@ class OptimizerConfig:
     def __post_init__(self):
         if self.name not in ("adamw", "muon"):
             raise ValueError(f"optimizer is {self.name!r}, must be 'adamw' or 'muon'")
-        if not 0 <= self.warmup_steps < self.num_steps:
-            raise ValueError(f"warmup_steps is {self.warmup_steps}, must be in [0, {self.num_steps})")
+        starts = [0, *(step for step, _ in self.restarts), self.num_steps]
+        shortest = min(stop - start for start, stop in itertools.pairwise(starts))
+        if not 0 <= self.warmup_steps < shortest:
+            raise ValueError(f"warmup_steps is {self.warmup_steps}, must be in [0, {shortest}), as long as each decay")
+
+    def schedule(self, peak: float) -> optax.Schedule:
+        """Learning rate by step."""
+        starts, shares = zip((0, 1.0), *self.restarts, strict=True)
+        decays = [
+            optax.warmup_cosine_decay_schedule(
+                0.0, peak * share, self.warmup_steps, stop - start, peak * self.final_share
+            )
+            for start, stop, share in zip(starts, (*starts[1:], self.num_steps), shares, strict=True)
+        ]
+        return optax.join_schedules(decays, starts[1:])
 
     def build(self) -> optax.GradientTransformation:
-        def schedule(peak: float):
-            return optax.warmup_cosine_decay_schedule(
-                0.0, peak, self.warmup_steps, self.num_steps, peak * self.final_share
-            )
-
+        schedule = self.schedule
         if self.name == "adamw":
             inner = optax.adamw(schedule(self.learning_rate), b2=self.beta2, weight_decay=self.weight_decay)
         else:
