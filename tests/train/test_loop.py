@@ -149,6 +149,21 @@ def test_optimizer_settings_are_checked():
         OptimizerConfig(name="sgd")
     with pytest.raises(ValueError, match="warmup_steps is 5"):
         OptimizerConfig(warmup_steps=5, num_steps=5)
+    with pytest.raises(ValueError, match=r"warmup_steps is 5, must be in \[0, 5\)"):
+        OptimizerConfig(warmup_steps=5, num_steps=20, restarts=((15, 0.5),))
+
+
+def test_the_learning_rate_starts_again():
+    """Two cosines written out, each behind a warm-up of ten steps."""
+    config = OptimizerConfig(warmup_steps=10, num_steps=150, final_share=0.1, restarts=((100, 0.5),))
+    schedule = config.schedule(8.0)
+    for start, stop, peak in ((0, 100, 8.0), (100, 150, 4.0)):
+        for step in range(start, stop):
+            done = (step - start - 10) / (stop - start - 10)
+            decayed = 0.8 + (peak - 0.8) * (1 + math.cos(math.pi * done)) / 2
+            assert float(schedule(step)) == pytest.approx(
+                decayed if done >= 0 else peak * (step - start) / 10, rel=1e-4
+            )
 
 
 def test_export_replaces_an_earlier_export_alone(tmp_path):

@@ -152,12 +152,13 @@ def test_sizes_and_targets_are_drawn_by_their_shares():
         CountdownSamples(sizes=(1.0,))
 
 
-def test_drills_come_first_and_then_no_more():
-    samples = CountdownSamples(drill_share=1.0, drilled=(0, 3), drill_shares=(1.0, 0.0, 0.0))
-    drills = [row for i in range(3) for row in samples(i)]
+def test_drills_come_in_their_window():
+    samples = CountdownSamples(drill_share=1.0, drilled=(6, 9), drill_shares=(1.0, 0.0, 0.0))
+    drills = [row for i in range(6, 9) for row in samples(i)]
     assert len(drills) == 3 and all(row.tokens[2] == PIECE_IDS[" ,"] for row in drills)
-    later = [row for i in range(3, 12) for row in samples(i)]
-    assert later and all(row.tokens[2] != PIECE_IDS[" ,"] for row in later)
+    for others in (range(6), range(9, 15)):
+        rows = [row for i in others for row in samples(i)]
+        assert rows and all(row.tokens[2] != PIECE_IDS[" ,"] for row in rows)
 
 
 def test_every_kind_of_drill_is_drawn():
