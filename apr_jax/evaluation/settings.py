@@ -53,9 +53,11 @@ def common_settings(
 
 
 def _files_fingerprint(directory: Path) -> str:
-    """Of names, sizes, and the first and last megabyte of each file: gigabytes of weights are not read again."""
+    """Of names, sizes, and the first and last megabyte of each file: gigabytes of weights are not read again. What is
+    written about a model changes nothing.
+    """
     digest = hashlib.sha256()
-    for path in sorted(p for p in directory.rglob("*") if p.is_file()):
+    for path in sorted(p for p in directory.rglob("*") if p.is_file() and p.suffix != ".md"):
         size = path.stat().st_size
         digest.update(f"{path.relative_to(directory)} {size}\n".encode())
         with path.open("rb") as file:
