@@ -71,7 +71,7 @@ def markdown(problems: Sequence[Problem], records: dict[str, list[Record]], budg
     trees = [search(problem) for problem in problems]
     paths = {name: values(found, "critical_path_tokens") for name, found in records.items()}
     reference = {name: np.array([sampled_path(RENDERINGS[name](tree)) for tree in trees]) for name in records}
-    forks = np.array([i for i, tree in enumerate(trees) if _forks(tree)])
+    forks = np.array([i for i, tree in enumerate(trees) if _forks(tree)], np.int64)
     harder = forks[np.argsort(reference[SEQUENTIAL][forks], kind="stable")][len(forks) // 2 :]
     if budget is None:
         adaptive = [path for name, path in paths.items() if name != SEQUENTIAL]
