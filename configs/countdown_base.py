@@ -26,9 +26,12 @@ def get_config() -> config_dict.ConfigDict:
         off_share=0.15,
         sizes=(0.03, 0.93, 0.03, 0.01),
         large_share=0.02,
-        drilled=(15_000, 160_000),  # 10 samples a step
-        drill_share=0.25,
-        drill_shares=(0.3, 0.35, 0.35),  # rounds, nodes, answers
+    )
+    # what changes from a sample on; 10.3 samples make a step. Drills are of rounds, nodes and answers.
+    config.stages = (
+        (15_000, {"drill_share": 0.25, "drill_shares": (0.3, 0.35, 0.35)}),
+        (160_000, {"drill_share": 0.0}),
+        (176_000, {"drill_share": 0.3, "drill_shares": (0.1, 0.4, 0.5), "shares": (1.1, 1.0, 1.0, 1.2, 1.8)}),
     )
     # rows a step of each length, about 5,000 tokens, 3,600 of them learned; the longest fill every fourth step
     config.data = config_dict.create(chunk_size=400, lengths=(640, 1280, 2048), rows=(3, 2, 1))
@@ -38,8 +41,8 @@ def get_config() -> config_dict.ConfigDict:
         muon_learning_rate=0.03,
         final_share=0.01,
         warmup_steps=100,
-        num_steps=17_000,
-        restarts=((12_000, 0.6),),
+        num_steps=29_000,
+        restarts=((12_000, 0.6), (17_000, 0.6)),
         beta2=0.98,
         weight_decay=0.01,
         clip_norm=1.0,

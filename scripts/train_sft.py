@@ -31,7 +31,7 @@ from apr_jax.tasks.countdown_task import TASKS
 from apr_jax.tasks.countdown_tokenizer import build_sentencepiece_model
 from apr_jax.tasks.countdown_vocabulary import BOS, EOS, MATCH, vocabulary
 from apr_jax.tokenizers import Tokenizer, load_tokenizer
-from apr_jax.train.countdown_data import PAD_ID, PIECE_IDS, CountdownSamples
+from apr_jax.train.countdown_data import PAD_ID, PIECE_IDS, Curriculum
 from apr_jax.train.data import ChunkStore
 from apr_jax.train.decoded import decoded
 from apr_jax.train.export import export_countdown
@@ -80,7 +80,7 @@ def countdown_tokenizer() -> Tokenizer:
         return load_tokenizer(directory)
 
 
-def build_store(config, samples: CountdownSamples, workdir: pathlib.Path) -> ChunkStore:
+def build_store(config, samples: Curriculum, workdir: pathlib.Path) -> ChunkStore:
     """The run's training data."""
     data = config.data
     return ChunkStore(
@@ -130,7 +130,7 @@ def main() -> None:
         export_countdown(pathlib.Path(_EXPORT.value), decoder)
         print(f"{_EXPORT.value}: step {step:,}")
         return
-    samples = CountdownSamples(**config.samples)
+    samples = Curriculum.of(config.samples, config.get("stages", ()))
     optimizer = OptimizerConfig(**config.optimizer)
     held_out = held_out_problems("apr")[: config.num_eval_problems]
     teacher = teacher_forced(held_out)

@@ -1,7 +1,11 @@
 """Countdown traces for training: a pure function of the sample's index."""
 
+import bisect
 import dataclasses
 import functools
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -33,9 +37,8 @@ class CountdownSamples:
       off_share: of those with blocks, those that write some or all as lines, as a thread does that may not fork.
       sizes: how often a problem has 3, 4, 5 and 6 numbers; need not sum to 1.
       large_share: of problems that are not written in APR's text, those with a target above 100, up to 999.
-      drilled: the half-open interval of samples of which some are drills instead (see `countdown_drills`);
-        drill_share: of them, those that are; drill_shares: how often they are of rounds, nodes and answers; need not
-        sum to 1.
+      drill_share: of all samples, those that are drills instead (see `countdown_drills`); drill_shares: how often they
+        are of rounds, nodes and answers; need not sum to 1.
     """
 
     seed: int = 0
@@ -47,7 +50,6 @@ class CountdownSamples:
     off_share: float = 0.1
     sizes: tuple[float, ...] = (0.0, 1.0, 0.0, 0.0)
     large_share: float = 0.0
-    drilled: tuple[int, int] = (0, 0)
     drill_share: float = 0.0
     drill_shares: tuple[float, ...] = (1.0, 1.0, 1.0)
 
@@ -61,7 +63,7 @@ class CountdownSamples:
         """The rows of sample number `index`; none if it is left out."""
         rng = np.random.default_rng((self.seed, index, 1))
         drill, large, keep, join_draw, off = rng.random(5)
-        if index in range(*self.drilled) and drill < self.drill_share:
+        if drill < self.drill_share:
             kind = rng.choice(3, p=_normalised(self.drill_shares))
             if kind == 2:
                 drills = draw_answers(rng, _held_out())
@@ -89,6 +91,35 @@ class CountdownSamples:
 
     def _short_enough(self, rows: list[Row]) -> list[Row]:
         return rows if max(map(len, rows)) <= self.max_len else []
+
+
+@dataclasses.dataclass(frozen=True)
+class Curriculum:
+    """Samples whose settings change on the way.
+
+    Attributes:
+      stages: (index of a stage's first sample, its settings), ascending from 0.
+    """
+
+    stages: tuple[tuple[int, CountdownSamples], ...]
+
+    def __post_init__(self):
+        firsts = [first for first, _ in self.stages]
+        if firsts[:1] != [0] or any(later <= earlier for earlier, later in itertools.pairwise(firsts)):
+            raise ValueError(f"stages begin at samples {firsts}, must ascend from 0")
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any], changes: Sequence[tuple[int, Mapping[str, Any]]] = ()) -> "Curriculum":
+        """From the fields of `CountdownSamples`, and the fields that change from a sample on."""
+        stages = [(0, CountdownSamples(**settings))]
+        for first, changed in changes:
+            stages.append((first, dataclasses.replace(stages[-1][1], **changed)))
+        return cls(tuple(stages))
+
+    def __call__(self, index: int) -> list[Row]:
+        """The rows of sample number `index`; none if it is left out."""
+        stage = bisect.bisect_right(self.stages, index, key=lambda stage: stage[0])
+        return self.stages[stage - 1][1](index)
 
 
 def _normalised(shares: tuple[float, ...]) -> np.ndarray:

@@ -22,7 +22,7 @@ from apr_jax.tasks.countdown_tokenizer import build_sentencepiece_model
 from apr_jax.tasks.countdown_vocabulary import MATCH, number_pieces, vocabulary
 from apr_jax.tasks.trace import Block, Span, trace_text
 from apr_jax.tokenizers import SentencePieceTokenizer
-from apr_jax.train.countdown_data import PAD_ID, PIECE_IDS, CountdownSamples
+from apr_jax.train.countdown_data import PAD_ID, PIECE_IDS, CountdownSamples, Curriculum
 from apr_jax.train.countdown_drills import NUM_ROUNDS, NUM_STATES, draw_answers, draw_nodes, draw_rounds
 from apr_jax.train.decoded import decoded
 from apr_jax.train.initialization import pieces_of, take_over, tie_matching_heads
@@ -152,19 +152,21 @@ def test_sizes_and_targets_are_drawn_by_their_shares():
         CountdownSamples(sizes=(1.0,))
 
 
-def test_drills_come_in_their_window():
-    samples = CountdownSamples(drill_share=1.0, drilled=(6, 9), drill_shares=(1.0, 0.0, 0.0))
+def test_settings_change_where_a_stage_begins():
+    samples = Curriculum.of({"drill_shares": (1.0, 0.0, 0.0)}, [(6, {"drill_share": 1.0}), (9, {"drill_share": 0.0})])
     drills = [row for i in range(6, 9) for row in samples(i)]
     assert len(drills) == 3 and all(row.tokens[2] == PIECE_IDS[" ,"] for row in drills)
     for others in (range(6), range(9, 15)):
         rows = [row for i in others for row in samples(i)]
         assert rows and all(row.tokens[2] != PIECE_IDS[" ,"] for row in rows)
+    with pytest.raises(ValueError, match=r"stages begin at samples \[0, 6, 6\], must ascend"):
+        Curriculum.of({}, [(6, {}), (6, {})])
 
 
 def test_every_kind_of_drill_is_drawn():
     for kind, piece in enumerate((" ~", "\nGenerated Node #0,1: ", " =>")):
         shares = tuple(float(i == kind) for i in range(3))
-        rows = CountdownSamples(drill_share=1.0, drilled=(0, 1), drill_shares=shares)(0)
+        rows = CountdownSamples(drill_share=1.0, drill_shares=shares)(0)
         assert any(PIECE_IDS[piece] in row.tokens[1:][row.loss[:-1] > 0] for row in rows), piece
 
 
