@@ -10,7 +10,6 @@ Example:
   python scripts/countdown_card.py --records=out/records.jsonl
 """
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ import numpy as np
 from absl import flags
 
 from apr_jax.config import check
-from apr_jax.evaluation.records import Record, record_from_json
+from apr_jax.evaluation.records import Record, read_records
 from apr_jax.evaluation.summary import values
 from apr_jax.tasks.countdown import Problem
 from apr_jax.tasks.countdown_renderings import RENDERINGS
@@ -39,22 +38,21 @@ _BUDGET = flags.DEFINE_integer(
 def main() -> None:
     if _RECORDS.value is None:
         raise ValueError("--records=FILE is needed")
-    problems, records = read_records(Path(_RECORDS.value))
+    problems, records = read_evaluation(Path(_RECORDS.value))
     print(markdown(problems, records, _BUDGET.value), end="")
 
 
-def read_records(path: Path) -> tuple[list[Problem], dict[str, list[Record]]]:
+def read_evaluation(path: Path) -> tuple[list[Problem], dict[str, list[Record]]]:
     """The problems, and each program's records of them in order, those without a budget.
 
     Raises:
-      ValueError: the task is not Countdown's, or the programs' problems differ.
+      ValueError: it is no evaluation's file, the task is not Countdown's, or the programs' problems differ.
     """
-    first, *lines = path.read_text().splitlines()
-    settings = json.loads(first)["settings"]
-    check(settings["task"] in TASKS, f"{path} is of the task {settings['task']}, must be one of {', '.join(TASKS)}")
+    settings, records = read_records(path)
+    task = str(settings.get("task"))
+    check(task in TASKS, f"{path} is of the task {task}, must be one of {', '.join(TASKS)}")
     by_program: dict[str, dict[int, Record]] = {name: {} for name in RENDERINGS}
-    for line in lines:
-        record = record_from_json(line)
+    for record in records:
         if record.budget is None and record.program in by_program:
             by_program[record.program][record.problem] = record
     found = {name: [records[i] for i in sorted(records)] for name, records in by_program.items() if records}
@@ -63,7 +61,7 @@ def read_records(path: Path) -> tuple[list[Problem], dict[str, list[Record]]]:
     for name, records in found.items():
         same = [record.problem for record in records] == list(range(count))
         check(same, f"{path}: the problems of {name} are not the first {count}, which {SEQUENTIAL} has")
-    return TASKS[settings["task"]].problems(count, settings["seed"]), found
+    return TASKS[task].problems(count, settings["seed"]), found
 
 
 def markdown(problems: Sequence[Problem], records: dict[str, list[Record]], budget: int | None) -> str:

@@ -54,11 +54,27 @@ class Record:
         return json.dumps(dataclasses.asdict(self), allow_nan=False)
 
 
-def record_from_json(line: str) -> Record:
-    """Raises ValueError, TypeError or KeyError for what is no record."""
-    fields = json.loads(line)
-    budget = fields.pop("budget")
-    return Record(budget=None if budget is None else TokenBudget(**budget), **fields)
+def read_records(path: Path) -> tuple[dict[str, Any], list[Record]]:
+    """The settings and the records of an evaluation's file. A last line without its end was cut off: it is left out.
+
+    Raises:
+      ValueError: the first line holds no settings, or a later one is no record.
+    """
+    *whole, _ = path.read_bytes().split(b"\n")
+    first, *lines = whole or [b""]
+    try:
+        settings = dict(json.loads(first)["settings"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path}, line 1 holds no settings: it is not an evaluation's file") from error
+    records = []
+    for number, line in enumerate(lines, 2):
+        try:
+            fields = json.loads(line)
+            budget = fields.pop("budget")
+            records.append(Record(budget=None if budget is None else TokenBudget(**budget), **fields))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{path}, line {number} is no record: {error}") from error
+    return settings, records
 
 
 def fingerprint(settings: Mapping[str, Any]) -> str:
@@ -122,28 +138,18 @@ class RecordStore:
 
     def _read(self) -> None:
         """Reads what is there. A last line without its end was cut off by a kill: it is taken away."""
-        assert self._file is not None
+        assert self._file is not None and self._path is not None
         self._file.seek(0)
-        content = self._file.read()
-        whole = content.rfind(b"\n") + 1
+        whole = self._file.read().rfind(b"\n") + 1
         self._file.truncate(whole)
-        first, *lines = content[:whole].splitlines() or [b""]
-        if not first:
+        if not whole:
             self._write(json.dumps({"settings": self.settings}))
             return
-        self._compare_settings(first)
-        for number, line in enumerate(lines, 2):
-            try:
-                record = record_from_json(line.decode())
-            except (ValueError, TypeError, KeyError, AttributeError) as error:
-                raise ValueError(f"{self._path}, line {number} is no record: {error}") from error
-            self._records[record.key] = record
+        settings, records = read_records(self._path)
+        self._compare_settings(settings)
+        self._records = {record.key: record for record in records}
 
-    def _compare_settings(self, line: bytes) -> None:
-        try:
-            earlier = dict(json.loads(line)["settings"])
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{self._path}, line 1 holds no settings: it is not an evaluation's file") from error
+    def _compare_settings(self, earlier: Mapping[str, Any]) -> None:
         for name in dict.fromkeys([*earlier, *self.settings]):
             before, now = earlier.get(name), self.settings.get(name)
             if before != now:

@@ -9,7 +9,7 @@ from apr_jax.evaluation.records import Record
 from apr_jax.tasks.countdown import Problem
 from apr_jax.tasks.countdown_search import quad
 from apr_jax.tasks.countdown_sets import held_out_problems
-from apr_jax.tasks.countdown_task import HELD_OUT_SEED
+from apr_jax.tasks.countdown_task import HELD_OUT_SEED, TASKS
 
 COUNT = 12
 
@@ -28,8 +28,8 @@ def record(program: str, problem: int, tokens: int, path: int, correct: bool) ->
     ).to_json()  # fmt: skip
 
 
-def write(path, lines, task="countdown") -> None:
-    settings = {"task": task, "seed": HELD_OUT_SEED}
+def write(path, lines, task="countdown", seed=HELD_OUT_SEED) -> None:
+    settings = {"task": task, "seed": seed}
     path.write_text("\n".join([json.dumps({"settings": settings}), *lines]) + "\n")
 
 
@@ -51,12 +51,21 @@ def test_paths_are_compared_where_problems_fork(tmp_path):
     assert [value.split()[0] for value in rows["within 99"]] == ["0.0%", f"{forked_and_solved / COUNT:.1%}"]
 
 
+def test_where_no_problem_forks_there_are_no_ratios(tmp_path):
+    seed = next(seed for seed in range(2, 99) if opening_solves(TASKS["countdown"].problems(1, seed)[0]))
+    write(tmp_path / "records.jsonl", [record("sequential", 0, 100, 100, correct=True)], seed=seed)
+    code, out, err = run("countdown_card.py", f"--records={tmp_path}/records.jsonl")
+    assert code == 0, err
+    assert "1 problems, of which 0 fork" in out and "within 100" in out and "ratio" not in out
+
+
 @pytest.mark.parametrize(
     ("lines", "task", "message"),
     [
         ([record("multiverse", 0, 1, 1, True)], "countdown", "has no records of sequential"),
         ([record("sequential", 0, 1, 1, True), record("apr", 1, 1, 1, True)], "countdown", "apr are not the first 1"),
         ([], "math", "is of the task math"),
+        ([record("sequential", 0, 1, 1, True)[:-9]], "countdown", "line 2 is no record"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(tmp_path, lines, task, message):
