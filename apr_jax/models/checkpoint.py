@@ -39,11 +39,15 @@ def save_checkpoint(
       tokenizer_source: the directory that the tokenizer's files are copied from, or a ByteTokenizer.
 
     Raises:
+      ValueError: a parameter has values that are not finite. Nothing was written.
       OSError: the directory holds something, or the disk is full; nothing was written.
     """
     import orbax.checkpoint as ocp  # half a second that the embedded model does not need
 
     params = named_params(decoder)
+    for name, array in params.items():
+        finite = int(jnp.isfinite(array).sum())
+        check(finite == array.size, f"{array.size - finite:,} of {array.size:,} values of {name} are not finite")
     content = {
         "format": _FORMAT,
         "dtype": str(decoder.dtype),

@@ -15,7 +15,7 @@ from apr_jax.config import RopeConfig
 from apr_jax.models import atomic, checkpoint
 from apr_jax.models.checkpoint import load_checkpoint, load_decoder, save_checkpoint
 from apr_jax.models.hf import export_hf
-from apr_jax.models.params import named_params
+from apr_jax.models.params import build_decoder, named_params
 from apr_jax.testing import byte_tokenizer, tiny_config, tiny_decoder
 
 CONFIG = {
@@ -88,6 +88,15 @@ def test_existing_output_is_refused_and_kept(tmp_path):
         with pytest.raises(FileExistsError, match="exists and is not empty"):
             write(tmp_path / "model", tiny_decoder())
     assert [path.name for path in tmp_path.rglob("*")] == ["model", "precious"]
+
+
+def test_values_that_overflow_are_refused(tmp_path):
+    decoder = tiny_decoder()
+    decoder.embedding[...] = decoder.embedding[...].at[3, :2].set(1e5)
+    half = build_decoder(decoder.config, jnp.float16, lambda name: named_params(decoder)[name].astype(jnp.float16))
+    with pytest.raises(ValueError, match=r"^2 of 8,\d+ values of embedding are not finite"):
+        save_checkpoint(tmp_path / "model", half)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("write", [save_checkpoint, export_hf])
