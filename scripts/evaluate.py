@@ -51,7 +51,7 @@ _PROGRAM = flags.DEFINE_list(
     "program",
     ["sequential", "multiverse"],
     f"Any of {PROGRAM_HELP}; each with options, as in multiverse+when=first+join=conclusion, "
-    "self_consistency+num_samples=16, best_of_n+score=checker.",
+    "best_of_n+num_samples=16+score=checker, tree_of_thoughts+search=depth_first+evaluate=vote.",
 )
 _NUM_SAMPLES = flags.DEFINE_integer("num_samples", StrategyOptions.num_samples, "Samples of a strategy.")
 _NUM_PROBLEMS = flags.DEFINE_integer("num_problems", 100, "Problems a program.")

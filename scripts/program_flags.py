@@ -110,7 +110,9 @@ def chosen_program(engine: Engine, text: str, task: Task | None, num_samples: in
     num_samples = spec.num_samples or num_samples
     options = StrategyOptions(
         num_samples=num_samples,
-        beam_width=min(StrategyOptions.beam_width, num_samples),
+        beam_width=spec.beam_width or min(StrategyOptions.beam_width, num_samples),
+        max_steps=spec.max_steps or StrategyOptions.max_steps,
+        thoughts=spec.thoughts,
         extract_answer=None if task is None else task.answer,
         separator=StrategyOptions.separator if task is None else task.separator,
         accept=accept if uses_checker else None,

@@ -6,6 +6,7 @@
     multiverse+join=conclusion          only conclusions are kept at joins
     best_of_n+score=checker             samples are judged by the task's checker, the first right one ends the others
     best_of_n+score=checker+when=all    the same, but all samples are heard
+    tree_of_thoughts+search=depth_first+evaluate=vote+max_states=20
 
 Variants of one program stand side by side in one table under the names that they were spelled with.
 """
@@ -21,16 +22,21 @@ from apr_jax.reasoning.grammars.apr import AprProgram
 from apr_jax.reasoning.grammars.custom import load_grammar
 from apr_jax.reasoning.grammars.declaration import GRAMMAR_JOINS
 from apr_jax.reasoning.programs import PROGRAM_NAMES, STRATEGIES
+from apr_jax.reasoning.strategies.options import ThoughtOptions
 
 PROGRAM_HELP = f"{', '.join(PROGRAM_NAMES)}, or a grammar's file.toml"
 WHEN_HELP = "all, first, quorum:K or deadline:TOKENS"
-STRATEGY_OPTIONS = {name: ("num_samples", "score") for name in STRATEGIES} | {
+SEARCH_OPTIONS = ("num_samples", "score", "beam_width", "max_steps")
+THOUGHT_OPTIONS = ("generate", "evaluate", "search", "threshold", "num_evaluations", "max_states")
+STRATEGY_OPTIONS = {name: SEARCH_OPTIONS for name in STRATEGIES} | {
+    "tree_of_thoughts": (*SEARCH_OPTIONS, *THOUGHT_OPTIONS),
     "self_consistency": ("num_samples",),
     "best_of_n": ("num_samples", "score", "when"),
     "skeleton_of_thought": (),
 }
 Score = Literal["logprob", "checker"]
 _OPTION = re.compile(r"\+(?=\w+=)")
+_NUMBER = re.compile(r"-?\d+(\.\d+)?")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,8 +46,9 @@ class ProgramSpec:
     Attributes:
       label: as it was spelled.
       join, when: of a grammar's threads. Of best_of_n, `when` is `first` or `all`.
-      num_samples: of a strategy.
+      num_samples, beam_width, max_steps: of a strategy.
       score: of a strategy: what says which sample is best.
+      thoughts: of `tree_of_thoughts`.
       max_width: children of one fork that run side by side.
     """
 
@@ -50,6 +57,9 @@ class ProgramSpec:
     join: JoinMode | None = None
     when: str | None = None
     num_samples: int | None = None
+    beam_width: int | None = None
+    max_steps: int | None = None
+    thoughts: ThoughtOptions = ThoughtOptions()  # noqa: RUF009 (frozen)
     score: Score = "logprob"
     max_width: int | None = None
 
@@ -111,7 +121,17 @@ def _with_option(spec: ProgramSpec, key: str, value: str) -> ProgramSpec:
     if key == "score":
         check(value in get_args(Score), f"{where}, must be one of {', '.join(get_args(Score))}")
         return dataclasses.replace(spec, score=cast(Score, value))
+    if key in ("generate", "evaluate", "search"):
+        try:
+            return dataclasses.replace(spec, thoughts=dataclasses.replace(spec.thoughts, **{key: value}))
+        except ValueError as error:
+            raise ValueError(f"--program={spec.label}: {error}") from error
+    if key == "threshold":
+        check(_NUMBER.fullmatch(value) is not None, f"{where}, must be a number")
+        return dataclasses.replace(spec, thoughts=dataclasses.replace(spec.thoughts, threshold=float(value)))
     check(value.isdecimal() and int(value) >= 1, f"{where}, must be a number >= 1")
+    if key in THOUGHT_OPTIONS:
+        return dataclasses.replace(spec, thoughts=dataclasses.replace(spec.thoughts, **{key: int(value)}))
     return dataclasses.replace(spec, **{key: int(value)})
 
 

@@ -4,6 +4,7 @@ import pytest
 from program_spec import read_spec, read_when
 
 from apr_jax.reasoning.deciding import All, Deadline, Quorum
+from apr_jax.reasoning.strategies.options import ThoughtOptions
 
 
 def test_options_in_any_order():
@@ -23,6 +24,9 @@ def test_a_file_may_have_a_plus_in_its_name():
 def test_strategies():
     spec = read_spec("best_of_n+num_samples=16+score=checker+when=all")
     assert (spec.num_samples, spec.score, spec.when, spec.is_strategy) == (16, "checker", "all", True)
+    tree = read_spec("tree_of_thoughts+search=depth_first+threshold=0.5+num_evaluations=3+max_steps=4+beam_width=1")
+    assert tree.thoughts == ThoughtOptions(search="depth_first", threshold=0.5, num_evaluations=3)
+    assert (tree.max_steps, tree.beam_width) == (4, 1)
 
 
 @pytest.mark.parametrize(
@@ -36,6 +40,9 @@ def test_strategies():
         ("multiverse+max_width=0", "max_width is '0', must be a number >= 1"),
         ("sequential+max_width=1", "sequential has no option 'max_width', it takes none"),
         ("best_of_n+num_samples=0", "num_samples is '0', must be a number >= 1"),
+        ("beam_search+search=beam", "it takes num_samples, score, beam_width, max_steps, max_width"),
+        ("tree_of_thoughts+search=dfs", "search=dfs: search is 'dfs', not one of breadth_first, depth_first, beam"),
+        ("tree_of_thoughts+threshold=nan", "threshold is 'nan', must be a number"),
         ("best_of_n+score=good", "score is 'good', must be one of logprob, checker"),
         ("best_of_n+when=first", "when goes with score=checker"),
         ("best_of_n+score=checker+when=quorum:2", "when is 'quorum:2', must be all or first"),
