@@ -38,7 +38,7 @@ import numpy as np
 from absl import flags
 from hybrid_cases import hybrid_table, run_hybrid
 from json_output import check_output_path, write_json
-from loading import load_engine
+from loading import CHECKPOINT_HELP, load_engine
 from plan_cases import plan_table, run_plan
 from rich.console import Console
 from rich.table import Table
@@ -50,7 +50,7 @@ from apr_jax.models.checkpoint import load_decoder
 from apr_jax.reasoning.programs import make_program
 from apr_jax.reasoning.strategies.options import StrategyOptions
 
-_CHECKPOINT = flags.DEFINE_string("checkpoint", "countdown", "A preset's name or a checkpoint directory.")
+_CHECKPOINT = flags.DEFINE_string("checkpoint", "countdown", CHECKPOINT_HELP)
 _CASES = flags.DEFINE_list(
     "cases",
     [f"decode_threads{n}_prefix512" for n in (1, 8, 32)],

@@ -61,7 +61,7 @@ from kernel_runs import CaseRun, Settings
 from kernel_timing import copy_bandwidth, matmul_rate
 
 _OUTPUT_JSON = flags.DEFINE_string("output_json", None, "Write the last line into this file as well.")
-_MARKDOWN = flags.DEFINE_string("markdown", None, "Write a Markdown table, such as docs/results/kernels_h200.md.")
+_MARKDOWN = flags.DEFINE_string("markdown", None, "Write a Markdown table.")
 _PLOTS = flags.DEFINE_string("plots", None, "Write plots into this directory (needs matplotlib).")
 _OUTPUT_DIR = flags.DEFINE_string(
     "output_dir", None, "Write kernels.json, kernels.md and plots into this directory, after every case."
@@ -126,7 +126,7 @@ class _Outputs:
             try:
                 written = plots(summary, self.plots)
             except ImportError as error:
-                print(f"no plots: {error} (pip install 'apr-jax[plots]')", file=sys.stderr)
+                print(f"no plots: {error} (pip install -e '.[plots]')", file=sys.stderr)
             else:
                 print(f"plots: {', '.join(map(str, written)) or 'none, too few decode cases'}")
 

@@ -38,6 +38,7 @@ _BUDGET = flags.DEFINE_integer(
 def main() -> None:
     if _RECORDS.value is None:
         raise ValueError("--records=FILE is needed")
+    check(_BUDGET.value is None or _BUDGET.value >= 1, f"--budget={_BUDGET.value}, must be >= 1")
     problems, records = read_evaluation(Path(_RECORDS.value))
     print(markdown(problems, records, _BUDGET.value), end="")
 

@@ -25,8 +25,8 @@ import task_flags
 from absl import flags, logging
 from evaluation_output import check_output_dir, console_table, progress, write_output
 from json_output import check_output_path, write_json
-from loading import load_engine
-from program_flags import PROGRAM_HELP, check_programs, chosen_program, request_fields, warn_of_format
+from loading import CHECKPOINT_HELP, load_engine
+from program_flags import OPTIONS_HELP, PROGRAM_HELP, check_programs, chosen_program, request_fields, warn_of_format
 from rich.console import Console
 from sampling_flags import sampling_params
 from task_flags import chosen_task
@@ -44,15 +44,8 @@ from apr_jax.tasks.task import Task
 
 RECORDS_FILE = "records.jsonl"
 
-_CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", "countdown", "A preset's name, a checkpoint directory or a Hugging Face directory."
-)
-_PROGRAM = flags.DEFINE_list(
-    "program",
-    ["sequential", "multiverse"],
-    f"Any of {PROGRAM_HELP}; each with options, as in multiverse+when=first+join=conclusion, "
-    "best_of_n+num_samples=16+score=checker, tree_of_thoughts+search=depth_first+evaluate=vote.",
-)
+_CHECKPOINT = flags.DEFINE_string("checkpoint", "countdown", CHECKPOINT_HELP)
+_PROGRAM = flags.DEFINE_list("program", ["sequential", "multiverse"], f"Any of {PROGRAM_HELP}. {OPTIONS_HELP}")
 _NUM_SAMPLES = flags.DEFINE_integer("num_samples", StrategyOptions.num_samples, "Samples of a strategy.")
 _NUM_PROBLEMS = flags.DEFINE_integer("num_problems", 100, "Problems a program.")
 _BUDGETS = flags.DEFINE_list(
@@ -99,7 +92,7 @@ def main() -> None:
         warn_of_format(task, problems[0], spec)
     programs = [chosen_program(engine, name, task, _NUM_SAMPLES.value) for name in names]
     entries = [
-        Entry(label=spec.label, name=spec.format, program=program)
+        Entry(label=spec.label, name=spec.format, program=program, grammar=spec.grammar)
         for spec, program in zip(specs, programs, strict=True)
     ]
     settings = common_settings(engine, task, _CHECKPOINT.value, sampling, _NUM_SAMPLES.value, program_flags.defaults())

@@ -16,7 +16,7 @@ from apr_jax.models.atomic import check_new_directory
 from apr_jax.models.checkpoint import checkpoint_directory, load_decoder
 from apr_jax.models.hf import export_hf
 
-_SOURCE = flags.DEFINE_string("source", None, "A checkpoint directory, or a preset's name.", required=True)
+_SOURCE = flags.DEFINE_string("source", None, "A checkpoint directory, or countdown, the embedded one.", required=True)
 _OUTPUT = flags.DEFINE_string("output", None, "A new or empty directory.", required=True)
 _DTYPE = flags.DEFINE_enum(
     "dtype", None, ["bfloat16", "float16", "float32"], "Of the weights written; by default as stored."

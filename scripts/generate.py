@@ -8,6 +8,7 @@ Examples:
   python scripts/generate.py --parallelism=off --max_wall_s=10
   python scripts/generate.py --temperature=0.8 --num_samples=4 --output_json=out.json
   python scripts/generate.py --trace=out.html
+  python scripts/generate.py --checkpoint=out/model --task=countdown        # what train_sft.py has made
   python scripts/generate.py --checkpoint=checkpoints/qwen3_8b --prompt='Solve x^2 = 2.' --max_new_tokens=2048
 """
 
@@ -19,15 +20,17 @@ import cli
 import loading
 import program_flags
 import sampling_flags
+import task_flags
 import trace_output
 from absl import flags
 from json_output import check_output_path, write_json
-from loading import load_engine
-from program_flags import PROGRAM_HELP, check_programs, chosen_program, request_fields, warn_of_format
+from loading import CHECKPOINT_HELP, load_engine
+from program_flags import OPTIONS_HELP, PROGRAM_HELP, check_programs, chosen_program, request_fields, warn_of_format
 from program_spec import ProgramSpec
 from rich.console import Console
 from rich.table import Table
 from sampling_flags import sampling_params
+from task_flags import chosen_task
 from thread_view import LiveView, PlainView, ThreadView
 from trace_output import TraceFile, check_trace_path, traced
 
@@ -38,16 +41,20 @@ from apr_jax.reasoning.driver import Driver
 from apr_jax.reasoning.output import Output
 from apr_jax.reasoning.program import Request
 from apr_jax.reasoning.strategies.options import StrategyOptions
-from apr_jax.tasks.countdown_task import TASKS
+from apr_jax.tasks.countdown_task import TASKS, CountdownTask
 from apr_jax.tasks.task import Task, Verdict
 
-BUILT_IN_PROMPTS = {"countdown": "22 26 31 53 -> 27"}
+BUILT_IN_PROMPT = "22 26 31 53 -> 27"  # of Countdown
 
-_CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", "countdown", "A preset's name, a checkpoint directory or a Hugging Face directory."
+_CHECKPOINT = flags.DEFINE_string("checkpoint", "countdown", CHECKPOINT_HELP)
+_PROMPT = flags.DEFINE_string(
+    "prompt",
+    None,
+    "The prompt, without a chat template. By default a built-in problem, if the task is Countdown.",
 )
-_PROMPT = flags.DEFINE_string("prompt", None, "The prompt; by default the preset's built-in problem.")
-_PROGRAM = flags.DEFINE_string("program", "multiverse", f"What decides when to fork and join: {PROGRAM_HELP}.")
+_PROGRAM = flags.DEFINE_string(
+    "program", "multiverse", f"What decides when to fork and join: {PROGRAM_HELP}. {OPTIONS_HELP}"
+)
 _NUM_SAMPLES = flags.DEFINE_integer(
     "num_samples", None, "Answers, with seeds --seed, --seed + 1, ... (by default 1); of a strategy, its samples (8)."
 )
@@ -55,6 +62,7 @@ _SEED = flags.DEFINE_integer("seed", 0, "Of the first sample.")
 flags.adopt_module_key_flags(sampling_flags)
 flags.adopt_module_key_flags(loading)
 flags.adopt_module_key_flags(program_flags)
+flags.adopt_module_key_flags(task_flags)
 flags.adopt_module_key_flags(trace_output)
 _OUTPUT_JSON = flags.DEFINE_string("output_json", None, "Write the result into this file.")
 
@@ -65,7 +73,7 @@ def main() -> None:
     (spec,) = check_programs([_PROGRAM.value])
     check(_NUM_SAMPLES.value is None or _NUM_SAMPLES.value >= 1, f"--num_samples={_NUM_SAMPLES.value}, must be >= 1")
     checkpoint_directory(Path(_CHECKPOINT.value).expanduser())  # refused before anything else is asked for
-    task = TASKS.get(Path(_CHECKPOINT.value).name)
+    task = chosen_task() if task_flags.is_chosen() else TASKS.get(Path(_CHECKPOINT.value).name)
     prompt = _read_prompt(task, spec)
     output_path = check_output_path(_OUTPUT_JSON.value) if _OUTPUT_JSON.value else None
     trace_path = check_trace_path()
@@ -94,7 +102,7 @@ def main() -> None:
 
 def _read_prompt(task: Task | None, spec: ProgramSpec) -> str:
     """The prompt of the flags; a task's problem gets the form that the program's prompt has."""
-    prompt = BUILT_IN_PROMPTS.get(_CHECKPOINT.value) if _PROMPT.value is None else _PROMPT.value
+    prompt = BUILT_IN_PROMPT if _PROMPT.value is None and isinstance(task, CountdownTask) else _PROMPT.value
     if prompt is None:
         raise ValueError(f"--prompt is needed with --checkpoint={_CHECKPOINT.value}")
     check(bool(prompt.strip()), f"--prompt={prompt!r} is empty: at least 1 token is needed")

@@ -12,6 +12,7 @@ from apr_jax import Engine
 from apr_jax.config import AttentionChoice, CacheConfig, EngineConfig, KVDtype, check
 from apr_jax.models.checkpoint import checkpoint_directory
 
+CHECKPOINT_HELP = "countdown, which is the embedded model, or a directory: a checkpoint, or one of Hugging Face."
 _SMALL_BYTES = 64 * 2**20
 
 _TENSOR = flags.DEFINE_integer("tensor", 1, "Devices that heads, MLP and KV pages are split over.")
@@ -36,7 +37,7 @@ _CPU_THREADS = flags.DEFINE_integer(
 
 
 def load_engine(checkpoint: str, **engine_fields) -> Engine:
-    """The engine for a preset or a directory.
+    """The engine for the embedded model or a directory.
 
     Args:
       engine_fields: of EngineConfig.

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any, cast, get_args
 
 from absl import flags, logging
+from program_spec import OPTIONS_HELP as OPTIONS_HELP
 from program_spec import PROGRAM_HELP as PROGRAM_HELP
 from program_spec import WHEN_HELP, ProgramSpec, read_spec, read_when
 

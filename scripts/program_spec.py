@@ -6,13 +6,15 @@
     multiverse+join=conclusion          only conclusions are kept at joins
     best_of_n+score=checker             samples are judged by the task's checker, the first right one ends the others
     best_of_n+score=checker+when=all    the same, but all samples are heard
-    tree_of_thoughts+search=depth_first+evaluate=vote+max_states=20
+    tree_of_thoughts+evaluate=score+search=depth_first+max_states=20
 
 Variants of one program stand side by side in one table under the names that they were spelled with.
 """
 
 import dataclasses
+import hashlib
 import re
+from pathlib import Path
 from typing import Literal, cast, get_args
 
 from apr_jax.config import check
@@ -34,6 +36,11 @@ STRATEGY_OPTIONS = {name: SEARCH_OPTIONS for name in STRATEGIES} | {
     "best_of_n": ("num_samples", "score", "when"),
     "skeleton_of_thought": (),
 }
+OPTIONS_HELP = (
+    "Options stand behind it: join, when and max_width of formats, as in multiverse+when=first+join=conclusion; of "
+    f"strategies, as in best_of_n+num_samples=16+score=checker, {', '.join(SEARCH_OPTIONS)}, of tree_of_thoughts also "
+    f"{', '.join(THOUGHT_OPTIONS)}."
+)
 Score = Literal["logprob", "checker"]
 _OPTION = re.compile(r"\+(?=\w+=)")
 _NUMBER = re.compile(r"-?\d+(\.\d+)?")
@@ -76,6 +83,13 @@ class ProgramSpec:
     def takes_join(self) -> bool:
         """Whether the way in which it joins can be chosen: APR splices text, whatever comes."""
         return self.takes_when and self.name != AprProgram.name
+
+    @property
+    def grammar(self) -> str | None:
+        """Fingerprint of a grammar's file; None: the program is built in."""
+        if not self.name.endswith(".toml"):
+            return None
+        return hashlib.sha256(Path(self.name).read_bytes()).hexdigest()[:12]
 
     @property
     def format(self) -> str:
@@ -129,7 +143,7 @@ def _with_option(spec: ProgramSpec, key: str, value: str) -> ProgramSpec:
     if key == "threshold":
         check(_NUMBER.fullmatch(value) is not None, f"{where}, must be a number")
         return dataclasses.replace(spec, thoughts=dataclasses.replace(spec.thoughts, threshold=float(value)))
-    check(value.isdecimal() and int(value) >= 1, f"{where}, must be a number >= 1")
+    check(value.isdecimal() and int(value[:8]) >= 1 and len(value) < 8, f"{where}, must be a number >= 1")
     if key in THOUGHT_OPTIONS:
         return dataclasses.replace(spec, thoughts=dataclasses.replace(spec.thoughts, **{key: int(value)}))
     return dataclasses.replace(spec, **{key: int(value)})

@@ -22,10 +22,10 @@ from apr_jax.tasks.task import Task
 _DIAL = (*(field.name for field in dataclasses.fields(ProblemConfig)), "min_hardness")
 _TASK = flags.DEFINE_string(
     "task",
-    "countdown",
+    None,
     f"What is asked: {', '.join(sorted(TASKS))}, or math, which takes --problems=FILE.jsonl. How hard countdown is can "
     f"be set behind it, as in countdown+num_numbers=5+max_target=999: {', '.join(_DIAL)}. APR's text ends at targets "
-    "of 100.",
+    "of 100. By default countdown; of generate.py no task, unless the checkpoint is called as one is.",
 )
 _PROBLEMS = flags.DEFINE_string(
     "problems",
@@ -39,17 +39,23 @@ _PROMPT_TEMPLATE = flags.DEFINE_string(
 )
 
 
+def is_chosen() -> bool:
+    """Whether the flags say what is asked."""
+    return any(flag.value is not None for flag in (_TASK, _PROBLEMS, _PROMPT_TEMPLATE))
+
+
 def chosen_task() -> Task:
-    """The task that the flags name.
+    """The task that the flags name; Countdown if they say nothing.
 
     Raises:
       ValueError: a flag is missing or does not go with the task, or a file is not what it should be.
       OSError: a file cannot be read.
     """
-    if _TASK.value != MathTask.name:
-        for name, value in (("problems", _PROBLEMS.value), ("prompt_template", _PROMPT_TEMPLATE.value)):
-            check(value is None, f"--{name} goes with --task={MathTask.name} only, not with --task={_TASK.value}")
-        return TASKS[_TASK.value] if _TASK.value in TASKS else _countdown(_TASK.value)
+    name = _TASK.value or "countdown"
+    if name != MathTask.name:
+        for flag in (_PROBLEMS, _PROMPT_TEMPLATE):
+            check(flag.value is None, f"--{flag.name} goes with --task={MathTask.name} only, not with --task={name}")
+        return TASKS[name] if name in TASKS else _countdown(name)
     if _PROBLEMS.value is None:
         raise ValueError(f"--task={MathTask.name} needs --problems=FILE.jsonl")
     template = TEMPLATE if _PROMPT_TEMPLATE.value is None else _PROMPT_TEMPLATE.value

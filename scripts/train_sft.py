@@ -2,17 +2,19 @@
 
     python scripts/train_sft.py --config=configs/countdown_tiny.py --workdir=/tmp/tiny
     python scripts/train_sft.py --config=configs/countdown_base.py --workdir=/tmp/base \\
-        --config.optimizer.num_steps=8000
+        --config.optimizer.num_steps=8000 '--config.optimizer.restarts=()'
     python scripts/train_sft.py --config=configs/countdown_base.py --workdir=/tmp/base --export=/tmp/model
 
-The working directory gets `log.jsonl`, `checkpoints/` and `data/` (chunks made ahead by worker processes);
-when the run is done also `model/`, a Hugging Face directory for `generate.py --checkpoint`.
+The working directory gets `log.jsonl`, `checkpoints/` and `data/` (chunks made ahead by worker processes); when the
+run is done also `model/`, a Hugging Face directory, for `generate.py --checkpoint=/tmp/base/model --task=countdown` and
+`evaluate.py --checkpoint=/tmp/base/model`.
 """
 
 import contextlib
 import pathlib
 import sys
 import tempfile
+from typing import Any
 
 import cli
 import jax.numpy as jnp
@@ -21,7 +23,7 @@ from absl import flags
 from flax import nnx
 from ml_collections import config_flags
 
-from apr_jax.config import ModelConfig
+from apr_jax.config import ModelConfig, check
 from apr_jax.models.checkpoint import checkpoint_directory, load_checkpoint
 from apr_jax.models.decoder import Decoder
 from apr_jax.tasks.countdown_features import initial_embedding
@@ -31,7 +33,7 @@ from apr_jax.tasks.countdown_task import TASKS
 from apr_jax.tasks.countdown_tokenizer import build_sentencepiece_model
 from apr_jax.tasks.countdown_vocabulary import BOS, EOS, MATCH, vocabulary
 from apr_jax.tokenizers import Tokenizer, load_tokenizer
-from apr_jax.train.countdown_data import PAD_ID, PIECE_IDS, Curriculum
+from apr_jax.train.countdown_data import PAD_ID, PIECE_IDS, Curriculum, code_version
 from apr_jax.train.data import ChunkStore
 from apr_jax.train.decoded import decoded
 from apr_jax.train.export import export_countdown
@@ -39,11 +41,18 @@ from apr_jax.train.held_out import teacher_forced
 from apr_jax.train.initialization import pieces_of, take_over, tie_matching_heads
 from apr_jax.train.loop import LoopConfig, OptimizerConfig, train
 from apr_jax.train.state import Checkpoints, TrainState
+from apr_jax.train.workdir import check_settings, held_workdir
 
+_BESIDE = ("loop", "num_eval_problems", "num_decoded_problems")
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run's settings, one of configs/*.py.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; an existing run is resumed.")
 _INIT_FROM = flags.DEFINE_string(
-    "init_from", None, "A new run starts from this checkpoint's weights; its vocabulary may be another."
+    "init_from",
+    None,
+    "A new run starts from this checkpoint's weights; its vocabulary may be another. A run that goes on has its own.",
+)
+_ALLOW_CHANGES = flags.DEFINE_bool(
+    "allow_changes", False, "Go on with a run under other settings than it was begun with."
 )
 _EXPORT = flags.DEFINE_string("export", None, "Only export the newest checkpoint into this directory.")
 
@@ -81,19 +90,41 @@ def countdown_tokenizer() -> Tokenizer:
 
 
 def build_store(config, samples: Curriculum, workdir: pathlib.Path) -> ChunkStore:
-    """The run's training data."""
+    """The run's training data.
+
+    Raises:
+      ValueError: rows and lengths do not go together, or a stage's traces are longer than the longest row.
+    """
     data = config.data
+    check(len(data.lengths) == len(data.rows), f"data.lengths are {data.lengths}, data.rows {data.rows}: one each")
+    longest = max(stage.max_len for _, stage in samples.stages)
+    check(
+        longest <= max(data.lengths), f"samples.max_len is {longest}, must be <= {max(data.lengths)}, the longest row"
+    )
     return ChunkStore(
         workdir / "data",
         samples,
         chunk_size=data.chunk_size,
         rows_per_step=dict(zip(data.lengths, data.rows, strict=True)),
         pad_id=PAD_ID,
+        version=code_version(),
     )
 
 
+def settings_of(config) -> dict[str, Any]:
+    """What a run's weights depend on: how often it is evaluated and logged is no part of it."""
+    return {name: value for name, value in config.to_dict().items() if name not in _BESIDE}
+
+
 def load_newest(config, workdir: pathlib.Path) -> tuple[Decoder, int]:
-    """The decoder of a run's newest checkpoint, and its step."""
+    """The decoder of a run's newest checkpoint, and its step.
+
+    Raises:
+      ValueError: there is no such run, or the config is not the one that it was begun with.
+    """
+    check((workdir / "checkpoints").is_dir(), f"--workdir={workdir} holds no checkpoints/")
+    if not _ALLOW_CHANGES.value:
+        check_settings(workdir, settings_of(config))
     graphdef, params = nnx.split(build_decoder(config))
     optimizer = OptimizerConfig(**config.optimizer).build()
     checkpoints = Checkpoints(workdir / "checkpoints")
@@ -140,7 +171,8 @@ def main() -> None:
     def evaluate(decoder: Decoder) -> dict[str, float]:
         return teacher(decoder) | (decode(decoder) if to_decode else {})
 
-    with cli.profile(), progress(optimizer.num_steps) as (on_step, on_record):
+    held = held_workdir(workdir, settings_of(config), _ALLOW_CHANGES.value)
+    with held, cli.profile(), progress(optimizer.num_steps) as (on_step, on_record):
         decoder = train(
             initial_decoder(config),
             build_store(config, samples, workdir),
@@ -152,7 +184,7 @@ def main() -> None:
             on_step=on_step,
             token_weights=jnp.ones(len(vocabulary())).at[PIECE_IDS[MATCH]].set(config.match_weight),
         )
-    export_countdown(workdir / "model", decoder)
+        export_countdown(workdir / "model", decoder)
     print(f"trained {decoder.num_params:,} parameters for {optimizer.num_steps:,} steps")
 
 

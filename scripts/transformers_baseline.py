@@ -59,5 +59,5 @@ def load_baseline(checkpoint: str) -> Transformers | None:
         try:
             return Transformers(directory)
         except ImportError as error:
-            print(f"no baseline: {error} (pip install 'apr-jax[test]')", file=sys.stderr)
+            print(f"no baseline: {error} (pip install -e '.[test]')", file=sys.stderr)
             return None

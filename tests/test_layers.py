@@ -10,7 +10,7 @@ LEAVES = {"config", "types", "tokenizers", "engine.events"}
 # Each layer may import itself, the layers below it and the leaves.
 LAYERS = [
     {"scripts"},
-    {"serving", "train", "evaluation"},
+    {"train", "evaluation"},
     {"reasoning", "tasks", "tracing"},
     {"aot"},  # compiles what the engine runs
     {"testing"},  # stands on the engine, for tests of all above

@@ -29,6 +29,7 @@ class Record:
       needed: by kind, the smallest budget that is known to change nothing (`reasoning.budget.Budget.needed`).
       reused_from: the budget whose run answers this one too, as it is the same token for token (`unlimited` if it had
         none); None: it was run.
+      grammar: fingerprint of the file that says what the program is; None: it is built in.
     """
 
     program: str
@@ -45,6 +46,7 @@ class Record:
     metrics: dict[str, float]
     needed: dict[str, int]
     reused_from: str | None = None
+    grammar: str | None = None
 
     @property
     def key(self) -> tuple[str, str, int]:
@@ -140,13 +142,16 @@ class RecordStore:
         """Reads what is there. A last line without its end was cut off by a kill: it is taken away."""
         assert self._file is not None and self._path is not None
         self._file.seek(0)
-        whole = self._file.read().rfind(b"\n") + 1
-        self._file.truncate(whole)
-        if not whole:
-            self._write(json.dumps({"settings": self.settings}))
+        content = self._file.read()
+        whole = content.rfind(b"\n") + 1
+        first = json.dumps({"settings": self.settings})
+        if not whole and first.encode().startswith(content):
+            self._file.truncate(0)
+            self._write(first)
             return
         settings, records = read_records(self._path)
         self._compare_settings(settings)
+        self._file.truncate(whole)  # only now that the file is known for ours
         self._records = {record.key: record for record in records}
 
     def _compare_settings(self, earlier: Mapping[str, Any]) -> None:

@@ -27,11 +27,13 @@ class Entry:
     Attributes:
       label: as it is spelled; two entries differ in it.
       name: what the task's prompt depends on.
+      grammar: fingerprint of the file that says what the program is; None: it is built in.
     """
 
     label: str
     name: str
     program: Program
+    grammar: str | None = None
 
 
 class Evaluation:
@@ -88,16 +90,15 @@ class Evaluation:
           on_done: called for each problem and budget, those finished before included.
 
         Raises:
-          ValueError: a prompt is empty, longer than the context window or can never fit the cache.
+          ValueError: a prompt is empty, longer than the context window or can never fit the cache; or the program's
+            file is not what it was when results were recorded.
           Exception: what a program raised. Whatever had ended is recorded.
         """
         larger: list[TokenBudget | None] = []
         for budget in largest_first(budgets):
             missing = []
             for number in range(len(self.problems)):
-                if self.store.get(entry.label, budget, number) is None and not self._reused(
-                    entry, budget, number, larger
-                ):
+                if self._stored(entry, budget, number) is None and not self._reused(entry, budget, number, larger):
                     missing.append(number)
                 else:
                     on_done()
@@ -108,9 +109,15 @@ class Evaluation:
 
     def records(self, entry: Entry, budget: TokenBudget | None) -> list[Record]:
         """Of all problems, in order, once they have run."""
-        found = [self.store.get(entry.label, budget, number) for number in range(len(self.problems))]
+        found = [self._stored(entry, budget, number) for number in range(len(self.problems))]
         assert None not in found
         return [record for record in found if record is not None]
+
+    def _stored(self, entry: Entry, budget: TokenBudget | None, number: int) -> Record | None:
+        record = self.store.get(entry.label, budget, number)
+        same = record is None or record.grammar == entry.grammar
+        check(same, f"{entry.label} has changed since results of it were recorded: write these elsewhere")
+        return record
 
     def _reused(
         self, entry: Entry, budget: TokenBudget | None, number: int, larger: Sequence[TokenBudget | None]
@@ -119,7 +126,7 @@ class Evaluation:
         if budget is None or not self.reuse:
             return False
         for other in larger:
-            record = self.store.get(entry.label, other, number)
+            record = self._stored(entry, other, number)
             if record is not None and budget.tokens >= record.needed[budget.kind]:
                 source = record.reused_from or (NO_BUDGET if other is None else str(other))
                 self.store.add(dataclasses.replace(record, budget=budget, reused_from=source))
@@ -150,9 +157,10 @@ class Evaluation:
                 last_s = now_s
                 for run in ended:
                     number = running.pop(run.root.family.id)
-                    if run.error is not None:
-                        raise run.error
-                    yield self._judge(entry, budget, number, run, charged.pop(number))
+                    if run.error is None:
+                        yield self._judge(entry, budget, number, run, charged.pop(number))
+                if failed := [run.error for run in ended if run.error is not None]:
+                    raise failed[0]
                 last_s = time.perf_counter()  # a checker may take long, which is not the engine's time
                 submit(driver)
 
@@ -166,6 +174,7 @@ class Evaluation:
             problem=number,
             seed=run.request.sampling.seed,
             settings=self.store.fingerprint,
+            grammar=entry.grammar,
             correct=verdict.correct,
             answer=verdict.answer,
             reason=verdict.reason,

@@ -18,7 +18,7 @@ from apr_jax.config import ModelConfig, RopeConfig, check
 from apr_jax.models.atomic import PARTIAL_SUFFIX, new_directory
 from apr_jax.models.decoder import Decoder
 from apr_jax.models.hf import copy_tokenizer, load_hf
-from apr_jax.models.params import build_decoder, named_params, param_shapes
+from apr_jax.models.params import build_decoder, check_finite, named_params, param_shapes
 from apr_jax.models.sharding import check_divisible, make_mesh, param_sharding
 from apr_jax.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
 
@@ -45,9 +45,7 @@ def save_checkpoint(
     import orbax.checkpoint as ocp  # half a second that the embedded model does not need
 
     params = named_params(decoder)
-    for name, array in params.items():
-        finite = int(jnp.isfinite(array).sum())
-        check(finite == array.size, f"{array.size - finite:,} of {array.size:,} values of {name} are not finite")
+    check_finite(params)
     content = {
         "format": _FORMAT,
         "dtype": str(decoder.dtype),

@@ -13,7 +13,7 @@ from apr_jax.models.atomic import new_directory
 from apr_jax.models.decoder import Decoder
 from apr_jax.models.hf_config import model_config_from_hf, model_config_to_hf
 from apr_jax.models.hf_weights import TensorFiles, check_tensors, read_param, write_tensors
-from apr_jax.models.params import build_decoder, named_params, param_shapes
+from apr_jax.models.params import build_decoder, check_finite, named_params, param_shapes
 from apr_jax.models.sharding import check_divisible
 from apr_jax.tokenizers import TOKENIZER_FILES, ByteTokenizer
 from apr_jax.tokenizers.json_file import read_json
@@ -67,10 +67,11 @@ def export_hf(
       max_shard_bytes: above it the weights are written as several files with an index.
 
     Raises:
-      ValueError: the Hugging Face class cannot express the architecture.
+      ValueError: the Hugging Face class cannot express the architecture, or values are not finite.
       OSError: the directory holds something, or the disk is full; nothing was written.
     """
     params = named_params(decoder)
+    check_finite(params)
     config = model_config_to_hf(decoder.config, str(decoder.dtype))
     with new_directory(directory, sum(array.nbytes for array in params.values())) as partial:
         write_tensors(params, partial, max_shard_bytes)

@@ -3,15 +3,23 @@
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
-from apr_jax.config import ModelConfig
+from apr_jax.config import ModelConfig, check
 from apr_jax.models.decoder import Decoder
 
 
 def named_params(decoder: Decoder) -> dict[str, jax.Array]:
     """Every parameter by its dotted path; shapes instead of arrays if the decoder is abstract."""
     return {_name(path): variable[...] for path, variable in nnx.to_flat_state(nnx.state(decoder, nnx.Param))}
+
+
+def check_finite(params: dict[str, jax.Array]) -> None:
+    """Raises ValueError where a parameter has values that are not finite: what is written shall load and run."""
+    for name, array in params.items():
+        finite = int(jnp.isfinite(array).sum())
+        check(finite == array.size, f"{array.size - finite:,} of {array.size:,} values of {name} are not finite")
 
 
 def param_shapes(config: ModelConfig, dtype) -> dict[str, jax.ShapeDtypeStruct]:

@@ -35,7 +35,7 @@ class Engine(EngineCore):
         """Loads a model.
 
         Args:
-          path: a preset's name ("countdown"), a checkpoint directory or a Hugging Face directory.
+          path: "countdown", the embedded model, a checkpoint directory or a Hugging Face directory.
           engine_config: its dtype is replaced by the model's.
           dtype: of weights, computation and cache; None keeps the stored one.
 
@@ -117,7 +117,7 @@ class Engine(EngineCore):
 
         Args:
           prompt: text or token ids; a list of these gives a list of outputs.
-          program: "sequential", "multiverse", or any Program.
+          program: a name of PROGRAM_NAMES, the path of a grammar's file.toml, or any Program.
           sampling: `max_new_tokens` bounds the critical path (see `Request`).
           parallelism: whether the model may fork: "on", "off", or "auto", if the engine is not busy (see `Request`).
           num_samples: outputs a prompt, with seeds `sampling.seed`, `sampling.seed` + 1, ...; more than one

@@ -16,7 +16,7 @@ from collections.abc import Collection, Iterator
 import numpy as np
 
 OPERATORS = ("-", "+", "*", "/")
-EQUATION = re.compile(r"^\s*(\d+)\s*([-+*/])\s*(\d+)\s*=\s*(\d+)\s*$")
+EQUATION = re.compile(r"^\s*(\d{1,9})\s*([-+*/])\s*(\d{1,9})\s*=\s*(\d{1,9})\s*$")  # Python's int has its limit
 
 
 @dataclasses.dataclass(frozen=True)

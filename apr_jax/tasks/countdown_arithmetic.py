@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from apr_jax.tasks.countdown import Equation, Problem
 from apr_jax.tasks.countdown_search import max_value_of, quad
 
-_QUAD = re.compile(r" (\d+) (\d+) =((?: (?:\d+|\.)){4})(?!\d)")
-_EQUATION = re.compile(r"(?<!\d) ?(\d+) ?([-+*/]) ?(\d+) ?= ?(\d+)")
+_QUAD = re.compile(r" (\d{1,9}) (\d{1,9}) =((?: (?:\d+|\.)){4})(?!\d)")
+_EQUATION = re.compile(r"(?<!\d) ?(\d{1,9}) ?([-+*/]) ?(\d{1,9}) ?= ?(\d{1,9})")
 
 
 def count_equations(problem: Problem, texts: Iterable[str]) -> tuple[int, int]:

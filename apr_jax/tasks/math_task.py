@@ -72,8 +72,9 @@ def _field(fields: dict, names: tuple[str, ...]) -> tuple[str, str]:
         value = fields.get(name)
         if value is None or (isinstance(value, str) and not value.strip()):
             continue
-        is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        check(isinstance(value, str) or is_number, f"{name} is {value!r}, must be text or a finite number")
+        is_number = isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))
+        is_text = isinstance(value, str) or (is_number and not isinstance(value, bool))
+        check(is_text, f"{name} is {value!r}, must be text or a finite number")
         return name, str(value)
     empty = [f"{name} is empty" for name in names if name in fields]
     raise ValueError(empty[0] if empty else f"has none of the fields {', '.join(names)}")

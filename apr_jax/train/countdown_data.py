@@ -3,18 +3,23 @@
 import bisect
 import dataclasses
 import functools
+import hashlib
 import itertools
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from apr_jax.config import check
+from apr_jax.tasks import countdown
 from apr_jax.tasks.countdown import Problem, ProblemConfig, draw_problem
 from apr_jax.tasks.countdown_format import FORMATS, render_blocks
 from apr_jax.tasks.countdown_renderings import RENDERINGS
 from apr_jax.tasks.countdown_search import MAX_LARGE_VALUE, search
 from apr_jax.tasks.countdown_sets import SETS, held_out_problems
 from apr_jax.tasks.countdown_vocabulary import MAX_TARGET, PAD, vocabulary
+from apr_jax.train import packing
 from apr_jax.train.countdown_drills import draw_answers, draw_nodes, draw_rounds
 from apr_jax.train.packing import Row, flatten
 
@@ -58,6 +63,8 @@ class CountdownSamples:
             shares = getattr(self, name)
             if len(shares) != count or min(shares) < 0 or sum(shares) <= 0:
                 raise ValueError(f"{name} are {shares}, must be {count} numbers >= 0, not all 0")
+        for name in ("keep_easy", "conclusion_share", "first_share", "off_share", "large_share", "drill_share"):
+            check(0 <= getattr(self, name) <= 1, f"{name} is {getattr(self, name)}, must be in [0, 1]")
 
     def __call__(self, index: int) -> list[Row]:
         """The rows of sample number `index`; none if it is left out."""
@@ -120,6 +127,13 @@ class Curriculum:
         """The rows of sample number `index`; none if it is left out."""
         stage = bisect.bisect_right(self.stages, index, key=lambda stage: stage[0])
         return self.stages[stage - 1][1](index)
+
+
+def code_version() -> str:
+    """A short name for the code that makes samples, as it is now."""
+    tasks, train = Path(countdown.__file__).parent, Path(packing.__file__).parent
+    files = [*sorted(tasks.glob("countdown*.py")), *sorted(train.glob("countdown*.py")), Path(packing.__file__)]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
 
 
 def _normalised(shares: tuple[float, ...]) -> np.ndarray:

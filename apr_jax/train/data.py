@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
+from apr_jax.config import check
 from apr_jax.train.packing import FIELDS, Row, batches, pack
 
 Step = dict[int, dict[str, np.ndarray]]
@@ -27,6 +28,10 @@ class ChunkStore:
       chunk_size: samples a chunk.
       rows_per_step: row length -> rows, ascending lengths.
       pad_id: token id of the padding.
+      version: names what else the rows depend on, such as the code that makes them.
+
+    Raises:
+      ValueError: a length or a number is out of its range.
     """
 
     def __init__(
@@ -37,10 +42,15 @@ class ChunkStore:
         chunk_size: int,
         rows_per_step: Mapping[int, int],
         pad_id: int,
+        version: str = "",
     ):
+        check(chunk_size >= 1, f"chunk_size is {chunk_size}, must be >= 1")
+        lengths, rows = list(rows_per_step), list(rows_per_step.values())
+        check(bool(lengths) and lengths == sorted(lengths), f"lengths are {lengths}, must ascend")
+        check(min(lengths) >= 1 and min(rows) >= 1, f"lengths are {lengths}, rows {rows}: all must be >= 1")
         self.samples, self.chunk_size = samples, chunk_size
         self.rows_per_step, self.pad_id = dict(rows_per_step), pad_id
-        recipe = repr((samples, chunk_size, sorted(self.rows_per_step.items()), pad_id))
+        recipe = repr((samples, chunk_size, sorted(self.rows_per_step.items()), pad_id, version))
         self.directory = pathlib.Path(directory) / hashlib.sha256(recipe.encode()).hexdigest()[:12]
 
     def path(self, chunk: int) -> pathlib.Path:
@@ -53,6 +63,7 @@ class ChunkStore:
             return
         first = chunk * self.chunk_size
         rows = [row for i in range(first, first + self.chunk_size) for row in self.samples(i)]
+        check(bool(rows), f"samples {first:,} to {first + self.chunk_size - 1:,} are all left out: none is in a chunk")
         packed = pack(rows, list(self.rows_per_step), self.pad_id)
         rng = np.random.default_rng((chunk, 2))
         for length in packed:
@@ -109,7 +120,7 @@ class ChunkReader:
     """
 
     def __init__(self, store: ChunkStore, *, first: int = 0, num_workers: int = 1, ahead: int = 8):
-        self.store = store
+        self.store, self._first = store, first
         context = multiprocessing.get_context("spawn")
         self._cursor = context.Value("q", first)
         self._workers = [
@@ -132,8 +143,10 @@ class ChunkReader:
             worker.join()
 
     def load(self, chunk: int) -> list[Step]:
-        """The steps of a chunk; waits for it while a worker lives."""
+        """The steps of a chunk; waits for the worker whose turn it is while that one lives."""
         self._cursor.value = max(self._cursor.value, chunk)
-        while not self.store.path(chunk).exists() and any(worker.is_alive() for worker in self._workers):
-            time.sleep(0.1)
+        if self._workers:
+            worker = self._workers[(chunk - self._first) % len(self._workers)]
+            while not self.store.path(chunk).exists() and worker.is_alive():
+                time.sleep(0.1)
         return self.store.load(chunk)

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import math
 import pathlib
 import time
 from collections.abc import Callable, Mapping
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from apr_jax.config import check
 from apr_jax.models.decoder import Decoder
 from apr_jax.train.data import ChunkReader, ChunkStore
 from apr_jax.train.state import Checkpoints, TrainState
@@ -43,12 +45,16 @@ class OptimizerConfig:
     clip_norm: float = 1.0
 
     def __post_init__(self):
-        if self.name not in ("adamw", "muon"):
-            raise ValueError(f"optimizer is {self.name!r}, must be 'adamw' or 'muon'")
-        starts = [0, *(step for step, _ in self.restarts), self.num_steps]
+        check(self.name in ("adamw", "muon"), f"optimizer is {self.name!r}, must be 'adamw' or 'muon'")
+        pairs = all(isinstance(restart, tuple | list) and len(restart) == 2 for restart in self.restarts)
+        check(pairs, f"restarts are {self.restarts}, must be pairs of a step and a share of the peak")
+        restarts = [step for step, _ in self.restarts]
+        starts = [0, *restarts, self.num_steps]
+        ascend = all(start < stop for start, stop in itertools.pairwise(starts))
+        check(ascend, f"restarts at {restarts} must ascend in (0, {self.num_steps}), num_steps")
         shortest = min(stop - start for start, stop in itertools.pairwise(starts))
-        if not 0 <= self.warmup_steps < shortest:
-            raise ValueError(f"warmup_steps is {self.warmup_steps}, must be in [0, {shortest}), as long as each decay")
+        within = 0 <= self.warmup_steps < shortest
+        check(within, f"warmup_steps is {self.warmup_steps}, must be in [0, {shortest}), as long as each decay")
 
     def schedule(self, peak: float) -> optax.Schedule:
         """Learning rate by step."""
@@ -89,7 +95,11 @@ def _inner_matrices(params: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoopConfig:
-    """How often things happen, in steps."""
+    """How often things happen, in steps.
+
+    Attributes:
+      num_workers: processes that make data; 0: the training itself does, when it needs some.
+    """
 
     log_every: int = 20
     eval_every: int = 500
@@ -97,9 +107,18 @@ class LoopConfig:
     keep_checkpoints: int = 3
     num_workers: int = 1
 
+    def __post_init__(self):
+        for name in ("log_every", "eval_every", "checkpoint_every", "keep_checkpoints"):
+            check(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}, must be >= 1")
+        check(self.num_workers >= 0, f"num_workers is {self.num_workers}, must be >= 0")
+
 
 class TrainLog:
-    """JSON lines, one a record; reopening drops what a killed run wrote after the step it resumes from."""
+    """JSON lines, one a record; reopening drops what a killed run wrote after the step it resumes from.
+
+    Attributes:
+      evaluated: steps with held-out figures.
+    """
 
     def __init__(self, path: pathlib.Path, resumed_step: int):
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
@@ -107,6 +126,7 @@ class TrainLog:
         partial = path.with_suffix(".partial")
         partial.write_text("".join(kept))
         partial.replace(path)  # whole, or as it was
+        self.evaluated = {record["step"] for record in map(json.loads, kept) if "held_out" in record}
         self._file = path.open("a")
 
     def write(self, record: Mapping[str, Any]) -> None:
@@ -141,6 +161,10 @@ def train(
 
     Returns: the trained decoder.
 
+    Raises:
+      ValueError: the run is beyond num_steps already, or its loss or gradient is not finite any more; the checkpoints
+        before that stay.
+
     A record holds the step's loss, and since the one before: learned tokens a second, the arithmetic done a second, its
     share of what a large matmul reaches on the device, and the share of time spent waiting for data.
     """
@@ -153,7 +177,9 @@ def train(
         state = checkpoints.restore(graphdef, state)
     log = TrainLog(workdir / "log.jsonl", state.step)
     update = make_train_step(graphdef, optimizer, token_weights)
-    last_step = min(optimizer_config.num_steps, stop_at or optimizer_config.num_steps)
+    num_steps = optimizer_config.num_steps
+    check(state.step <= num_steps, f"{workdir} is at step {state.step:,} already, num_steps is {num_steps:,}")
+    last_step = min(num_steps, stop_at or num_steps)
     num_params, peak_flops_per_s = decoder.num_params, matmul_flops_per_s(str(jnp.dtype(decoder.dtype)))
     num_tokens, flops, since, waited_s = 0.0, 0.0, time.monotonic(), 0.0
 
@@ -161,6 +187,15 @@ def train(
         log.write({"step": state.step, **values})
         on_record({"step": state.step, **values})
 
+    def evaluate_if_due() -> bool:
+        due = state.step % loop.eval_every == 0 or state.step == num_steps
+        if evaluate is None or state.step == 0 or not due or state.step in log.evaluated:
+            return False
+        record({"held_out": evaluate(nnx.merge(graphdef, state.params))})
+        return True
+
+    evaluate_if_due()  # where a run was killed at it
+    since = time.monotonic()
     with ChunkReader(store, first=state.chunk, num_workers=loop.num_workers) as reader:
         steps = reader.load(state.chunk) if state.step < last_step else []
         while state.step < last_step:
@@ -174,6 +209,7 @@ def train(
                 batch = steps[state.offset]
                 state.params, state.opt_state, metrics = update(state.params, state.opt_state, batch)
                 num_tokens += float(metrics["num_tokens"])
+            _check_finite(metrics, state.step + 1, checkpoints.latest_step())
             num_rows = {length: len(rows["tokens"]) for length, rows in batch.items()}
             flops += step_flops(decoder.config, num_params, num_rows)
             state.step, state.offset = state.step + 1, state.offset + 1
@@ -191,12 +227,16 @@ def train(
                 }
                 record(values)
                 num_tokens, flops, since, waited_s = 0.0, 0.0, now, 0.0
-            finished = state.step == optimizer_config.num_steps
-            if evaluate is not None and (state.step % loop.eval_every == 0 or finished):
-                record({"held_out": evaluate(nnx.merge(graphdef, state.params))})
-                num_tokens, flops, since, waited_s = 0.0, 0.0, time.monotonic(), 0.0
             if state.step % loop.checkpoint_every == 0 or state.step == last_step:
-                checkpoints.save(graphdef, state)
+                checkpoints.save(graphdef, state)  # before an evaluation, which may fail
+            if evaluate_if_due():
+                num_tokens, flops, since, waited_s = 0.0, 0.0, time.monotonic(), 0.0
     checkpoints.close()
     log.close()
     return nnx.merge(graphdef, state.params)
+
+
+def _check_finite(metrics: Mapping[str, jax.Array], step: int, saved: int | None) -> None:
+    loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
+    kept = "there is no checkpoint" if saved is None else f"the newest checkpoint is of step {saved:,}"
+    check(math.isfinite(loss + norm), f"step {step:,}: the loss is {loss}, the gradient's norm {norm}; {kept}")

@@ -80,6 +80,13 @@ def test_samples_differ_and_are_reproducible(tmp_path, countdown):
     assert contents[0]["text"] == texts[0] and contents[0]["correct"] is False
 
 
+def test_a_checkpoint_of_any_name_is_asked_its_task(tmp_path, countdown):
+    (tmp_path / "mine").symlink_to(countdown)
+    code, out, err = run("generate.py", f"--checkpoint={tmp_path / 'mine'}", "--task=countdown", "--max_new_tokens=4")
+    assert code == 0, err
+    assert out.splitlines()[0] == "prompt: <multiverse> 22 26 31 53 -> 27" and "verdict: wrong" in out
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -99,6 +106,8 @@ def test_samples_differ_and_are_reproducible(tmp_path, countdown):
         (("--prompt=x", "--checkpoint=missing"), "no checkpoint 'missing': expected a directory or a preset"),
         (("--prompt=x", "--checkpoint={folder}"), "is no checkpoint: it holds neither"),
         ((), "--prompt is needed with --checkpoint="),
+        (("--prompt=x", "--task=chess"), "--task=chess is not one of countdown"),
+        (("--prompt=x", "--problems=x.jsonl"), "--problems goes with --task=math only, not with --task=countdown"),
         (("--prompt=x", "--output_json={folder}/missing/out.json"), "there is no directory"),
         (("--prompt=x", "--output_json={folder}"), "it is there, and no file"),
         (("--prompt=x", "--trace=out.txt"), "--trace=out.txt ends in none of .html, .json"),

@@ -151,6 +151,8 @@ def test_optimizer_settings_are_checked():
         OptimizerConfig(warmup_steps=5, num_steps=5)
     with pytest.raises(ValueError, match=r"warmup_steps is 5, must be in \[0, 5\)"):
         OptimizerConfig(warmup_steps=5, num_steps=20, restarts=((15, 0.5),))
+    with pytest.raises(ValueError, match=r"restarts at \[15, 30\] must ascend in \(0, 20\), num_steps"):
+        OptimizerConfig(warmup_steps=5, num_steps=20, restarts=((15, 0.5), (30, 0.5)))
 
 
 def test_the_learning_rate_starts_again():

@@ -36,6 +36,7 @@ class TreeOfThoughts(TreeSearch):
         self._thought_ids = encode(thoughts.thought_prompt, not self._proposes)
         self._propose_ids = encode(thoughts.propose_prompt, self._proposes)
         self._value_ids = encode(thoughts.value_prompt, thoughts.evaluate == "value")
+        encode(_ballot([""]) + thoughts.vote_prompt, thoughts.evaluate == "vote")  # refused before anything is asked
         self._answer_ids = encode(thoughts.answer_prompt or "")
 
     def start(self, request: Request) -> Fork:
@@ -127,8 +128,7 @@ class TreeOfThoughts(TreeSearch):
         else:
             thread = by_id[unscored[0].thread_id]
             texts = [self._text(by_id[i]).strip() for i in search.leaves]
-            shown = "".join(f"\n\nChoice {number}:\n{text}" for number, text in enumerate(texts, 1))
-            ids = self._tokenizer.encode(shown + self._thoughts.vote_prompt, continuation=True)
+            ids = self._tokenizer.encode(_ballot(texts) + self._thoughts.vote_prompt, continuation=True)
             ballot = [*thread.family.root.prompt_ids, *ids]
             yield thread, Spawn([ballot] * count, self._asking(thread), num_dealt=count)
 
@@ -163,9 +163,13 @@ class TreeOfThoughts(TreeSearch):
         return self._tokenizer.decode(ids[:-1] if ids and ids[-1] in self._tokenizer.eos_ids else ids)
 
 
+def _ballot(texts: Sequence[str]) -> str:
+    return "".join(f"\n\nChoice {number}:\n{text}" for number, text in enumerate(texts, 1))
+
+
 def read_value(text: str) -> float:
     """The last number or word of value in a text; 0 if there is none."""
-    found = re.findall(rf"-?\d+(?:\.\d+)?|{'|'.join(WORDS)}", text.lower())
+    found = re.findall(rf"-?\d+(?:\.\d+)?|\b(?:{'|'.join(WORDS)})\b", text.lower())
     if not found:
         return 0.0
     return WORDS[found[-1]] if found[-1] in WORDS else float(found[-1])
