@@ -56,7 +56,9 @@ def _is_worth_reading(record) -> bool:
 def _parse(argv: Sequence[str]) -> list[str]:
     try:
         return flags.FLAGS(tuple(argv))
-    except (flags.Error, AttributeError) as error:  # ml_collections' of a field that a config does not have
+    except AttributeError as error:  # ml_collections' way to say it
+        raise SystemExit(_fail(ValueError(f"--config has no field {error}"))) from None
+    except flags.Error as error:
         raise SystemExit(_fail(error)) from None
     except SystemExit:  # --help was asked for and printed: that is success, though absl exits with 1
         raise SystemExit(0) from None

@@ -45,7 +45,7 @@ from apr_jax.train.workdir import check_settings, held_workdir
 
 _BESIDE = ("loop", "num_eval_problems", "num_decoded_problems")
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run's settings, one of configs/*.py.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; an existing run is resumed.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; a run that is there goes on, under its settings.")
 _INIT_FROM = flags.DEFINE_string(
     "init_from",
     None,

@@ -1,6 +1,7 @@
 """Records survive whatever happens to their process; records of other settings are not mixed with them."""
 
 import dataclasses
+import json
 import os
 
 import pytest
@@ -58,9 +59,18 @@ def test_a_torn_last_line_is_dropped_and_written_anew(tmp_path, lost):
         assert store.get("multiverse+when=first", None, 2) == record(2)
 
 
+@pytest.mark.parametrize("content", ['{"mine": 1}', '{"mine": 1}\n{"mine": 2}'])
+def test_what_is_not_ours_stays_as_it_is(tmp_path, content):
+    path = tmp_path / "records.jsonl"
+    path.write_text(content)
+    with pytest.raises(ValueError, match="line 1 holds no settings"):
+        RecordStore(SETTINGS, path)
+    assert path.read_text() == content
+
+
 def test_a_torn_first_line_is_an_empty_file(tmp_path):
     path = tmp_path / "records.jsonl"
-    path.write_text('{"settings": {"ta')
+    path.write_text(json.dumps({"settings": SETTINGS})[:-3])
     with RecordStore(SETTINGS, path) as store:
         store.add(record(1))
     with RecordStore(SETTINGS, path) as store:

@@ -11,6 +11,7 @@ from apr_jax.evaluation.records import RecordStore
 from apr_jax.evaluation.runner import Entry, Evaluation
 from apr_jax.evaluation.summary import paired_difference, summarize
 from apr_jax.reasoning.programs import make_program
+from apr_jax.reasoning.sequential import SequentialProgram
 from apr_jax.reasoning.strategies.options import StrategyOptions
 from apr_jax.tasks.countdown_task import TASKS
 
@@ -75,6 +76,30 @@ def test_nothing_runs_twice_and_interrupted_runs_go_on(engine):
     steps = engine.stats.num_steps
     evaluation.run(sequential, [None])
     assert engine.stats.num_steps == steps
+
+
+def test_what_ends_beside_a_failing_request_is_recorded(engine):
+    class Fails(SequentialProgram):
+        def on_stop(self, thread, stop):
+            if thread.prompt_ids == first:
+                raise RuntimeError("as a program may")
+            return super().on_stop(thread, stop)
+
+    first = engine.encode_prompt(TASK.prompt(PROBLEMS[0], "sequential"))
+    store = RecordStore({})
+    evaluation = Evaluation(engine, TASK, PROBLEMS, dataclasses.replace(SAMPLING, max_new_tokens=20), store)
+    with pytest.raises(RuntimeError, match="as a program may"):
+        evaluation.run(Entry(label="fails", name="sequential", program=Fails()), [None])
+    assert [store.get("fails", None, number) is not None for number in range(4)] == [False, True, True, True]
+
+
+def test_an_edited_grammar_is_refused_where_it_has_results(engine):
+    store = RecordStore({})
+    evaluation = Evaluation(engine, TASK, PROBLEMS[:1], dataclasses.replace(SAMPLING, max_new_tokens=8), store)
+    mine = dataclasses.replace(entry(engine, "sequential"), grammar="a")
+    evaluation.run(mine, [None])
+    with pytest.raises(ValueError, match="sequential has changed since results of it were recorded"):
+        evaluation.run(dataclasses.replace(mine, grammar="b"), [None])
 
 
 def test_engine_time_adds_up_to_the_wall_clock(engine):

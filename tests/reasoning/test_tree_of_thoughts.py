@@ -178,4 +178,5 @@ def test_what_exceeds_a_guard_still_ends(bound, generate, evaluate):
 
 def test_values_are_read_from_numbers_and_words():
     assert read_value("likely, no: 7.5") == 7.5 and read_value("Sure!") == 20 and read_value("hm") == 0
+    assert read_value("unlikely") == 0 and read_value("I am unsure") == 0
     assert read_value("1 likely\nimpossible") == 0.001

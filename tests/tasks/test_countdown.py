@@ -21,6 +21,7 @@ from apr_jax.tasks.countdown import (
     parse_equations,
     solve,
 )
+from apr_jax.tasks.countdown_task import TASKS
 
 
 def brute_force(numbers: tuple[int, ...], target: int) -> bool:
@@ -56,6 +57,14 @@ def test_solver_equals_brute_force(numbers, target):
     assert is_solvable(problem.numbers, target) == (solution is not None) == brute_force(numbers, target)
     if solution is not None:
         assert check_equations(problem, solution) is None
+
+
+def test_numbers_beyond_all_reason_are_wrong_and_no_error():
+    task = TASKS["countdown"]
+    problem = task.problems(1, seed=1)[0]
+    long = "9" * 5000
+    assert not task.check(problem, f" => 5 + 3 = {long}").correct
+    assert task.measure(problem, [f" 5 + 3 = {long} , 5 {long} = {long} 1 1 1"])["wrong_equations"] >= 1
 
 
 def test_solver_equals_brute_force_on_drawn_numbers():

@@ -32,6 +32,7 @@ from apr_jax.train.packing import FIELDS
 from apr_jax.train.state import Checkpoints, TrainState
 from apr_jax.train.supervised import make_train_step
 from apr_jax.train.utilisation import step_flops
+from apr_jax.train.workdir import check_settings, held_workdir
 
 pytestmark = pytest.mark.usefixtures("light_compilation")  # compiling takes most of the time
 
@@ -114,6 +115,64 @@ def test_evaluation_is_called_and_logged(tmp_path):
     assert 0 <= held_out[11]["multiverse/accuracy"] <= 1 and held_out[11]["multiverse/exact"] == 0
 
 
+def test_an_evaluation_that_failed_costs_no_step_and_is_made_up_for(tmp_path):
+    steps, figures = [], []
+
+    def fails_once(decoder):
+        figures.append(len(steps))
+        if len(figures) == 1:
+            raise Killed
+        return {"loss": 1.0}
+
+    with pytest.raises(Killed):
+        run(tmp_path / "run", tmp_path / "data", evaluate=fails_once, on_step=steps.append, stop_at=4)
+    run(tmp_path / "run", tmp_path / "data", evaluate=fails_once, on_step=steps.append)
+    assert steps == list(range(1, 12)) and figures == [4, 4, 8, 11]
+
+
+def test_a_run_that_diverges_ends_with_its_last_good_checkpoint(tmp_path):
+    config = OptimizerConfig(num_steps=11, warmup_steps=5, learning_rate=1e38)
+    with pytest.raises(ValueError, match=r"step \d: the loss is .*nan.*; there is no checkpoint"):
+        train(Decoder(CONFIG, rngs=nnx.Rngs(0)), store(tmp_path / "data"), tmp_path / "run", config, LOOP)
+    assert "NaN" not in (tmp_path / "run" / "log.jsonl").read_text()
+
+
+def test_fewer_steps_than_a_run_has_made_are_refused(tmp_path):
+    run(tmp_path / "run", tmp_path / "data")
+    config = OptimizerConfig(num_steps=10, warmup_steps=2)
+    with pytest.raises(ValueError, match="is at step 11 already, num_steps is 10"):
+        train(Decoder(CONFIG, rngs=nnx.Rngs(0)), store(tmp_path / "data"), tmp_path / "run", config, LOOP)
+
+
+def fails_in_chunk_1(index: int):
+    if index == 12:
+        raise ValueError("sample 12 cannot be drawn")
+    return SAMPLES(index)
+
+
+def test_what_ends_a_worker_is_raised_where_its_chunk_is_asked_for(tmp_path):
+    failing = ChunkStore(tmp_path, fails_in_chunk_1, chunk_size=12, rows_per_step={128: 1}, pad_id=PAD_ID)
+    with ChunkReader(failing, num_workers=2, ahead=2) as reader:
+        assert reader.load(0)
+        with pytest.raises(ValueError, match="sample 12 cannot be drawn"):
+            reader.load(1)
+
+
+def test_a_directory_is_of_one_process_and_one_run(tmp_path):
+    settings = {"seed": 0, "samples": {"shares": (1.0, 2.0)}}
+    with held_workdir(tmp_path, settings), pytest.raises(OSError, match="another process trains in"):
+        held_workdir(tmp_path, settings).__enter__()
+    with held_workdir(tmp_path, settings):
+        pass
+    other = {"seed": 0, "samples": {"shares": (1.0, 3.0)}}
+    message = r"was begun with samples.shares = \[1.0, 2.0\], asked for is \[1.0, 3.0\]"
+    with pytest.raises(ValueError, match=message), held_workdir(tmp_path, other):
+        pass
+    with held_workdir(tmp_path, other, allow_changes=True):
+        pass
+    check_settings(tmp_path, other)
+
+
 def test_chunks_are_the_same_whoever_makes_them(tmp_path):
     mine, theirs = store(tmp_path / "a"), store(tmp_path / "b")
     with ChunkReader(theirs, num_workers=2, ahead=2) as reader:
@@ -144,7 +203,13 @@ def test_samples_leave_out_the_held_out_problems(monkeypatch):
     assert all(len(problem.numbers) == 5 for problem in sets["five"])
 
 
-def test_optimizer_settings_are_checked():
+def test_settings_are_checked():
+    with pytest.raises(ValueError, match="keep_checkpoints is 0, must be >= 1"):
+        LoopConfig(keep_checkpoints=0)
+    with pytest.raises(ValueError, match=r"drill_share is 1\.5, must be in"):
+        CountdownSamples(drill_share=1.5)
+    with pytest.raises(ValueError, match=r"lengths are \[256, 128\], must ascend"):
+        ChunkStore("data", SAMPLES, chunk_size=1, rows_per_step={256: 1, 128: 1}, pad_id=PAD_ID)
     with pytest.raises(ValueError, match="'sgd'"):
         OptimizerConfig(name="sgd")
     with pytest.raises(ValueError, match="warmup_steps is 5"):
