@@ -2,6 +2,7 @@
 
 import contextlib
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
@@ -56,7 +57,10 @@ def _is_worth_reading(record) -> bool:
 def _parse(argv: Sequence[str]) -> list[str]:
     try:
         return flags.FLAGS(tuple(argv))
-    except AttributeError as error:  # ml_collections' way to say it
+    except AttributeError as error:
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        if "ml_collections" not in frame.f_code.co_filename:
+            raise  # a bug in a config's file
         raise SystemExit(_fail(ValueError(f"--config has no field {error}"))) from None
     except flags.Error as error:
         raise SystemExit(_fail(error)) from None

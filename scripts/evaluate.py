@@ -92,7 +92,7 @@ def main() -> None:
         warn_of_format(task, problems[0], spec)
     programs = [chosen_program(engine, name, task, _NUM_SAMPLES.value) for name in names]
     entries = [
-        Entry(label=spec.label, name=spec.format, program=program, grammar=spec.grammar)
+        Entry(label=spec.label, name=spec.format, program=program, grammar_fingerprint=spec.grammar_fingerprint)
         for spec, program in zip(specs, programs, strict=True)
     ]
     settings = common_settings(engine, task, _CHECKPOINT.value, sampling, _NUM_SAMPLES.value, program_flags.defaults())
@@ -120,6 +120,7 @@ Results = dict[tuple[str, TokenBudget | None], list[Record]]
 
 def _run(evaluation: Evaluation, entries: Sequence[Entry], budgets: Sequence[TokenBudget | None]) -> Results:
     """Runs what is not there yet; an interruption leaves what is finished in the store."""
+    evaluation.check_grammars(entries)
     evaluation.check_prompts(entries)
     if _WARM_UP.value:
         evaluation.engine.warm_up()

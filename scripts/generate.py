@@ -42,6 +42,7 @@ from apr_jax.reasoning.output import Output
 from apr_jax.reasoning.program import Request
 from apr_jax.reasoning.strategies.options import StrategyOptions
 from apr_jax.tasks.countdown_task import TASKS, CountdownTask
+from apr_jax.tasks.math_task import MathTask
 from apr_jax.tasks.task import Task, Verdict
 
 BUILT_IN_PROMPT = "22 26 31 53 -> 27"  # of Countdown
@@ -62,7 +63,7 @@ _SEED = flags.DEFINE_integer("seed", 0, "Of the first sample.")
 flags.adopt_module_key_flags(sampling_flags)
 flags.adopt_module_key_flags(loading)
 flags.adopt_module_key_flags(program_flags)
-flags.adopt_module_key_flags(task_flags)
+flags.declare_key_flag("task")
 flags.adopt_module_key_flags(trace_output)
 _OUTPUT_JSON = flags.DEFINE_string("output_json", None, "Write the result into this file.")
 
@@ -74,6 +75,7 @@ def main() -> None:
     check(_NUM_SAMPLES.value is None or _NUM_SAMPLES.value >= 1, f"--num_samples={_NUM_SAMPLES.value}, must be >= 1")
     checkpoint_directory(Path(_CHECKPOINT.value).expanduser())  # refused before anything else is asked for
     task = chosen_task() if task_flags.is_chosen() else TASKS.get(Path(_CHECKPOINT.value).name)
+    check(not isinstance(task, MathTask), "--task=math is for evaluate.py: here --prompt says what is asked")
     prompt = _read_prompt(task, spec)
     output_path = check_output_path(_OUTPUT_JSON.value) if _OUTPUT_JSON.value else None
     trace_path = check_trace_path()

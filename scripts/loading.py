@@ -12,7 +12,7 @@ from apr_jax import Engine
 from apr_jax.config import AttentionChoice, CacheConfig, EngineConfig, KVDtype, check
 from apr_jax.models.checkpoint import checkpoint_directory
 
-CHECKPOINT_HELP = "countdown, which is the embedded model, or a directory: a checkpoint, or one of Hugging Face."
+CHECKPOINT_HELP = "countdown (the embedded model), a checkpoint directory, or a Hugging Face directory."
 _SMALL_BYTES = 64 * 2**20
 
 _TENSOR = flags.DEFINE_integer("tensor", 1, "Devices that heads, MLP and KV pages are split over.")

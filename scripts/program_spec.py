@@ -13,6 +13,7 @@ Variants of one program stand side by side in one table under the names that the
 
 import dataclasses
 import hashlib
+import math
 import re
 from pathlib import Path
 from typing import Literal, cast, get_args
@@ -37,13 +38,14 @@ STRATEGY_OPTIONS = {name: SEARCH_OPTIONS for name in STRATEGIES} | {
     "skeleton_of_thought": (),
 }
 OPTIONS_HELP = (
-    "Options stand behind it: join, when and max_width of formats, as in multiverse+when=first+join=conclusion; of "
-    f"strategies, as in best_of_n+num_samples=16+score=checker, {', '.join(SEARCH_OPTIONS)}, of tree_of_thoughts also "
-    f"{', '.join(THOUGHT_OPTIONS)}."
+    "Options stand behind it, as in multiverse+when=first+join=conclusion or best_of_n+num_samples=16+score=checker. "
+    "Formats take join, when and max_width (apr no join); "
+    + "; ".join(f"{name} {', '.join((*options, 'max_width'))}" for name, options in STRATEGY_OPTIONS.items())
+    + "."
 )
 Score = Literal["logprob", "checker"]
 _OPTION = re.compile(r"\+(?=\w+=)")
-_NUMBER = re.compile(r"-?\d+(\.\d+)?")
+_TOO_MANY = 1_000_000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,7 +87,7 @@ class ProgramSpec:
         return self.takes_when and self.name != AprProgram.name
 
     @property
-    def grammar(self) -> str | None:
+    def grammar_fingerprint(self) -> str | None:
         """Fingerprint of a grammar's file; None: the program is built in."""
         if not self.name.endswith(".toml"):
             return None
@@ -141,9 +143,14 @@ def _with_option(spec: ProgramSpec, key: str, value: str) -> ProgramSpec:
         except ValueError as error:
             raise ValueError(f"--program={spec.label}: {error}") from error
     if key == "threshold":
-        check(_NUMBER.fullmatch(value) is not None, f"{where}, must be a number")
-        return dataclasses.replace(spec, thoughts=dataclasses.replace(spec.thoughts, threshold=float(value)))
-    check(value.isdecimal() and int(value[:8]) >= 1 and len(value) < 8, f"{where}, must be a number >= 1")
+        try:
+            threshold = float(value)
+        except ValueError:
+            threshold = math.nan
+        check(math.isfinite(threshold), f"{where}, must be a finite number")
+        return dataclasses.replace(spec, thoughts=dataclasses.replace(spec.thoughts, threshold=threshold))
+    valid = value.isdecimal() and len(value) < 9 and 1 <= int(value) < _TOO_MANY
+    check(valid, f"{where}, must be a whole number in [1, {_TOO_MANY:,})")
     if key in THOUGHT_OPTIONS:
         return dataclasses.replace(spec, thoughts=dataclasses.replace(spec.thoughts, **{key: int(value)}))
     return dataclasses.replace(spec, **{key: int(value)})

@@ -25,7 +25,7 @@ _TASK = flags.DEFINE_string(
     None,
     f"What is asked: {', '.join(sorted(TASKS))}, or math, which takes --problems=FILE.jsonl. How hard countdown is can "
     f"be set behind it, as in countdown+num_numbers=5+max_target=999: {', '.join(_DIAL)}. APR's text ends at targets "
-    "of 100. By default countdown; of generate.py no task, unless the checkpoint is called as one is.",
+    "of 100. By default countdown; in generate.py that of the checkpoint's name, or none.",
 )
 _PROBLEMS = flags.DEFINE_string(
     "problems",

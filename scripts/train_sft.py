@@ -43,7 +43,7 @@ from apr_jax.train.loop import LoopConfig, OptimizerConfig, train
 from apr_jax.train.state import Checkpoints, TrainState
 from apr_jax.train.workdir import check_settings, held_workdir
 
-_BESIDE = ("loop", "num_eval_problems", "num_decoded_problems")
+_NOT_COMPARED = ("loop", "num_eval_problems", "num_decoded_problems")
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run's settings, one of configs/*.py.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; a run that is there goes on, under its settings.")
 _INIT_FROM = flags.DEFINE_string(
@@ -52,7 +52,7 @@ _INIT_FROM = flags.DEFINE_string(
     "A new run starts from this checkpoint's weights; its vocabulary may be another. A run that goes on has its own.",
 )
 _ALLOW_CHANGES = flags.DEFINE_bool(
-    "allow_changes", False, "Go on with a run under other settings than it was begun with."
+    "allow_changes", False, "A run goes on though its settings, or the code that makes its samples, have changed."
 )
 _EXPORT = flags.DEFINE_string("export", None, "Only export the newest checkpoint into this directory.")
 
@@ -113,7 +113,8 @@ def build_store(config, samples: Curriculum, workdir: pathlib.Path) -> ChunkStor
 
 def settings_of(config) -> dict[str, Any]:
     """What a run's weights depend on: how often it is evaluated and logged is no part of it."""
-    return {name: value for name, value in config.to_dict().items() if name not in _BESIDE}
+    settings = {name: value for name, value in config.to_dict().items() if name not in _NOT_COMPARED}
+    return {**settings, "code_of_samples": code_version()}
 
 
 def load_newest(config, workdir: pathlib.Path) -> tuple[Decoder, int]:
@@ -171,17 +172,23 @@ def main() -> None:
     def evaluate(decoder: Decoder) -> dict[str, float]:
         return teacher(decoder) | (decode(decoder) if to_decode else {})
 
+    loop, store, decoder = LoopConfig(**config.loop), build_store(config, samples, workdir), initial_decoder(config)
     held = held_workdir(workdir, settings_of(config), _ALLOW_CHANGES.value)
-    with held, cli.profile(), progress(optimizer.num_steps) as (on_step, on_record):
+    with held as keep_settings, cli.profile(), progress(optimizer.num_steps) as (on_step, on_record):
+
+        def made(step: int) -> None:
+            keep_settings()
+            on_step(step)
+
         decoder = train(
-            initial_decoder(config),
-            build_store(config, samples, workdir),
+            decoder,
+            store,
             workdir,
             optimizer,
-            LoopConfig(**config.loop),
+            loop,
             evaluate=evaluate,
             on_record=on_record,
-            on_step=on_step,
+            on_step=made,
             token_weights=jnp.ones(len(vocabulary())).at[PIECE_IDS[MATCH]].set(config.match_weight),
         )
         export_countdown(workdir / "model", decoder)

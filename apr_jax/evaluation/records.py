@@ -29,7 +29,7 @@ class Record:
       needed: by kind, the smallest budget that is known to change nothing (`reasoning.budget.Budget.needed`).
       reused_from: the budget whose run answers this one too, as it is the same token for token (`unlimited` if it had
         none); None: it was run.
-      grammar: fingerprint of the file that says what the program is; None: it is built in.
+      grammar_fingerprint: of the file that says what the program is; None: it is built in.
     """
 
     program: str
@@ -46,7 +46,7 @@ class Record:
     metrics: dict[str, float]
     needed: dict[str, int]
     reused_from: str | None = None
-    grammar: str | None = None
+    grammar_fingerprint: str | None = None
 
     @property
     def key(self) -> tuple[str, str, int]:
@@ -120,6 +120,10 @@ class RecordStore:
 
     def get(self, program: str, budget: TokenBudget | None, problem: int) -> Record | None:
         return self._records.get((program, str(budget), problem))
+
+    def grammar_fingerprints(self, program: str) -> set[str | None]:
+        """Of all records of a program."""
+        return {record.grammar_fingerprint for record in self._records.values() if record.program == program}
 
     def add(self, record: Record) -> None:
         """Takes a record in; whatever happens to this process then, it is in the file."""

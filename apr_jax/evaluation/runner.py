@@ -27,13 +27,13 @@ class Entry:
     Attributes:
       label: as it is spelled; two entries differ in it.
       name: what the task's prompt depends on.
-      grammar: fingerprint of the file that says what the program is; None: it is built in.
+      grammar_fingerprint: of the file that says what the program is; None: it is built in.
     """
 
     label: str
     name: str
     program: Program
-    grammar: str | None = None
+    grammar_fingerprint: str | None = None
 
 
 class Evaluation:
@@ -81,6 +81,16 @@ class Evaluation:
                 except ValueError as error:
                     raise ValueError(f"problem {number}: {error}") from error
 
+    def check_grammars(self, entries: Sequence[Entry]) -> None:
+        """Refuses results of a grammar's file that is not what it was, before anything runs.
+
+        Raises:
+          ValueError: names the program.
+        """
+        for entry in entries:
+            others = self.store.grammar_fingerprints(entry.label) - {entry.grammar_fingerprint}
+            check(not others, f"{entry.label} has results of another text of that file: write new ones elsewhere")
+
     def run(
         self, entry: Entry, budgets: Sequence[TokenBudget | None], on_done: Callable[[], None] = lambda: None
     ) -> None:
@@ -90,15 +100,15 @@ class Evaluation:
           on_done: called for each problem and budget, those finished before included.
 
         Raises:
-          ValueError: a prompt is empty, longer than the context window or can never fit the cache; or the program's
-            file is not what it was when results were recorded.
+          ValueError: a prompt is empty, longer than the context window or can never fit the cache.
           Exception: what a program raised. Whatever had ended is recorded.
         """
         larger: list[TokenBudget | None] = []
         for budget in largest_first(budgets):
             missing = []
             for number in range(len(self.problems)):
-                if self._stored(entry, budget, number) is None and not self._reused(entry, budget, number, larger):
+                done = self.store.get(entry.label, budget, number) is not None
+                if not done and not self._reused(entry, budget, number, larger):
                     missing.append(number)
                 else:
                     on_done()
@@ -109,15 +119,9 @@ class Evaluation:
 
     def records(self, entry: Entry, budget: TokenBudget | None) -> list[Record]:
         """Of all problems, in order, once they have run."""
-        found = [self._stored(entry, budget, number) for number in range(len(self.problems))]
+        found = [self.store.get(entry.label, budget, number) for number in range(len(self.problems))]
         assert None not in found
         return [record for record in found if record is not None]
-
-    def _stored(self, entry: Entry, budget: TokenBudget | None, number: int) -> Record | None:
-        record = self.store.get(entry.label, budget, number)
-        same = record is None or record.grammar == entry.grammar
-        check(same, f"{entry.label} has changed since results of it were recorded: write these elsewhere")
-        return record
 
     def _reused(
         self, entry: Entry, budget: TokenBudget | None, number: int, larger: Sequence[TokenBudget | None]
@@ -126,7 +130,7 @@ class Evaluation:
         if budget is None or not self.reuse:
             return False
         for other in larger:
-            record = self._stored(entry, other, number)
+            record = self.store.get(entry.label, other, number)
             if record is not None and budget.tokens >= record.needed[budget.kind]:
                 source = record.reused_from or (NO_BUDGET if other is None else str(other))
                 self.store.add(dataclasses.replace(record, budget=budget, reused_from=source))
@@ -174,7 +178,7 @@ class Evaluation:
             problem=number,
             seed=run.request.sampling.seed,
             settings=self.store.fingerprint,
-            grammar=entry.grammar,
+            grammar_fingerprint=entry.grammar_fingerprint,
             correct=verdict.correct,
             answer=verdict.answer,
             reason=verdict.reason,

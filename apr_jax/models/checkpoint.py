@@ -60,10 +60,10 @@ def save_checkpoint(
 
 
 def load_checkpoint(path: str | Path, dtype=None, tensor: int = 1) -> tuple[ModelConfig, Decoder, Tokenizer]:
-    """Model and tokenizer of a preset, a checkpoint directory or a Hugging Face directory.
+    """Model and tokenizer of an embedded model, a checkpoint directory or a Hugging Face directory.
 
     Args:
-      path: a preset's name ("countdown") or a directory.
+      path: an embedded model's name ("countdown") or a directory.
       dtype: of the decoder; None keeps the stored one.
       tensor: how many devices the weights are split over, see `sharding`.
 
@@ -89,16 +89,16 @@ def load_decoder(path: str | Path, dtype=None, mesh: Mesh | None = None) -> Deco
 
 
 def checkpoint_directory(path: str | Path) -> Path:
-    """Where a preset or a checkpoint lies.
+    """Where an embedded model or a checkpoint lies.
 
     Raises:
-      ValueError: there is no such preset or directory, or it is no checkpoint.
+      ValueError: there is no such model or directory, or it is no checkpoint.
     """
-    presets = preset_names()
-    if str(path) in presets:
+    embedded = embedded_names()
+    if str(path) in embedded:
         return _ASSETS / str(path)
     directory = Path(path)
-    known = f"expected a directory or a preset ({', '.join(presets) or 'none installed'})"
+    known = f"expected a directory or an embedded model ({', '.join(embedded) or 'none installed'})"
     check(directory.is_dir(), f"no checkpoint {str(path)!r}: {known}")
     check(directory.suffix != PARTIAL_SUFFIX, f"{directory} is no checkpoint: writing it was interrupted")
     check(
@@ -108,7 +108,7 @@ def checkpoint_directory(path: str | Path) -> Path:
     return directory
 
 
-def preset_names() -> list[str]:
+def embedded_names() -> list[str]:
     """The models that ship with the package."""
     return sorted(path.parent.name for path in _ASSETS.glob("*/config.json"))
 

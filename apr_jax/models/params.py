@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from apr_jax.config import ModelConfig, check
+from apr_jax.config import ModelConfig
 from apr_jax.models.decoder import Decoder
 
 
@@ -18,8 +18,11 @@ def named_params(decoder: Decoder) -> dict[str, jax.Array]:
 def check_finite(params: dict[str, jax.Array]) -> None:
     """Raises ValueError where a parameter has values that are not finite: what is written shall load and run."""
     for name, array in params.items():
-        finite = int(jnp.isfinite(array).sum())
-        check(finite == array.size, f"{array.size - finite:,} of {array.size:,} values of {name} are not finite")
+        finite = jnp.isfinite(array)
+        if finite.all():
+            continue
+        bad = array.size - int(finite.sum())
+        raise ValueError(f"{bad:,} of {array.size:,} values of {name} are not finite")
 
 
 def param_shapes(config: ModelConfig, dtype) -> dict[str, jax.ShapeDtypeStruct]:

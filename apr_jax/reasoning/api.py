@@ -35,7 +35,7 @@ class Engine(EngineCore):
         """Loads a model.
 
         Args:
-          path: "countdown", the embedded model, a checkpoint directory or a Hugging Face directory.
+          path: "countdown" (the embedded model), a checkpoint directory, or a Hugging Face directory.
           engine_config: its dtype is replaced by the model's.
           dtype: of weights, computation and cache; None keeps the stored one.
 
@@ -57,8 +57,8 @@ class Engine(EngineCore):
         )
 
     def encode_prompt(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt; text gets the token that begins one, if the tokenizer has any, ids stay as
-        they are.
+        """Token ids of a prompt; text gets the token that begins one, if the tokenizer has any and the text does not
+        begin with it, as a rendered chat template may. Ids stay as they are.
 
         Raises:
           ValueError: it is empty, or part of the text has no token.
@@ -66,8 +66,8 @@ class Engine(EngineCore):
         check(len(prompt) > 0, "the prompt is empty: at least 1 token is needed")
         if not isinstance(prompt, str):
             return [int(token) for token in prompt]
-        bos_id = self.tokenizer.bos_id
-        return [*([] if bos_id is None else [bos_id]), *self.tokenizer.encode(prompt)]
+        bos_id, ids = self.tokenizer.bos_id, self.tokenizer.encode(prompt)
+        return ids if bos_id is None or ids[:1] == [bos_id] else [bos_id, *ids]
 
     def make_program(self, program: str | Program) -> Program:
         """The program of that name for this model's tokenizer; a program stays as it is."""

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import hashlib
 import itertools
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,19 +13,41 @@ from typing import Any
 import numpy as np
 
 from apr_jax.config import check
-from apr_jax.tasks import countdown
+from apr_jax.tasks import (
+    countdown,
+    countdown_apr,
+    countdown_format,
+    countdown_renderings,
+    countdown_search,
+    countdown_sets,
+    countdown_vocabulary,
+    trace,
+)
 from apr_jax.tasks.countdown import Problem, ProblemConfig, draw_problem
 from apr_jax.tasks.countdown_format import FORMATS, render_blocks
 from apr_jax.tasks.countdown_renderings import RENDERINGS
 from apr_jax.tasks.countdown_search import MAX_LARGE_VALUE, search
 from apr_jax.tasks.countdown_sets import SETS, held_out_problems
 from apr_jax.tasks.countdown_vocabulary import MAX_TARGET, PAD, vocabulary
-from apr_jax.train import packing
+from apr_jax.train import countdown_drills, data, packing
 from apr_jax.train.countdown_drills import draw_answers, draw_nodes, draw_rounds
 from apr_jax.train.packing import Row, flatten
 
 PIECE_IDS = {piece: i for i, piece in enumerate(vocabulary())}
 PAD_ID = PIECE_IDS[PAD]
+_CODE = (
+    countdown,
+    countdown_apr,
+    countdown_format,
+    countdown_renderings,
+    countdown_search,
+    countdown_sets,
+    countdown_vocabulary,
+    trace,
+    countdown_drills,
+    data,
+    packing,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -117,7 +140,16 @@ class Curriculum:
 
     @classmethod
     def of(cls, settings: Mapping[str, Any], changes: Sequence[tuple[int, Mapping[str, Any]]] = ()) -> "Curriculum":
-        """From the fields of `CountdownSamples`, and the fields that change from a sample on."""
+        """From the fields of `CountdownSamples`, and the fields that change from a sample on.
+
+        Raises:
+          ValueError: there is no such field, or one is out of its range.
+        """
+        known = {field.name for field in dataclasses.fields(CountdownSamples)}
+        check(all(len(change) == 2 for change in changes), f"stages are {changes}, must be pairs: sample and changes")
+        given = [*settings, *(name for _, changed in changes for name in changed)]
+        unknown = [name for name in given if name not in known]
+        check(not unknown, f"samples have no {', '.join(unknown)}, they have {', '.join(sorted(known))}")
         stages = [(0, CountdownSamples(**settings))]
         for first, changed in changes:
             stages.append((first, dataclasses.replace(stages[-1][1], **changed)))
@@ -130,9 +162,9 @@ class Curriculum:
 
 
 def code_version() -> str:
-    """A short name for the code that makes samples, as it is now."""
-    tasks, train = Path(countdown.__file__).parent, Path(packing.__file__).parent
-    files = [*sorted(tasks.glob("countdown*.py")), *sorted(train.glob("countdown*.py")), Path(packing.__file__)]
+    """A short name for the code that makes samples, as it is now: another version may give other samples."""
+    names = [*(module.__name__ for module in _CODE), __name__]
+    files = [Path(str(sys.modules[name].__file__)) for name in names]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
 
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 
 import numpy as np
+from absl import logging
 
 from apr_jax.config import check
 from apr_jax.train.packing import FIELDS, Row, batches, pack
@@ -122,6 +123,7 @@ class ChunkReader:
     def __init__(self, store: ChunkStore, *, first: int = 0, num_workers: int = 1, ahead: int = 8):
         self.store, self._first = store, first
         context = multiprocessing.get_context("spawn")
+        self._told: dict[int | None, int | None] = {}  # workers that have ended and were told of
         self._cursor = context.Value("q", first)
         self._workers = [
             context.Process(
@@ -149,4 +151,7 @@ class ChunkReader:
             worker = self._workers[(chunk - self._first) % len(self._workers)]
             while not self.store.path(chunk).exists() and worker.is_alive():
                 time.sleep(0.1)
+            if not worker.is_alive() and worker.exitcode != self._told.get(worker.pid):
+                self._told[worker.pid] = worker.exitcode
+                logging.warning("a data worker has ended, exit code %s: its chunks are made here", worker.exitcode)
         return self.store.load(chunk)

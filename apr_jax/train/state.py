@@ -11,7 +11,7 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from apr_jax.models.decoder import Decoder
-from apr_jax.models.params import build_decoder, named_params
+from apr_jax.models.params import build_decoder, check_finite, named_params
 
 POSITION = ("step", "chunk", "offset")
 
@@ -40,11 +40,17 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(pathlib.Path(directory).absolute(), options=options)
 
     def save(self, graphdef: Any, state: TrainState) -> None:
-        """Writes a checkpoint, unless this step has one."""
+        """Writes a checkpoint, unless this step has one.
+
+        Raises:
+          ValueError: a parameter is not finite; those before stay.
+        """
         if state.step in self._manager.all_steps():
             return
+        params = named_params(nnx.merge(graphdef, state.params))
+        check_finite(params)
         tree = {
-            "params": named_params(nnx.merge(graphdef, state.params)),
+            "params": params,
             "optimizer": {str(i): leaf for i, leaf in enumerate(jax.tree.leaves(state.opt_state))},
             "position": {name: np.asarray(getattr(state, name)) for name in POSITION},
         }

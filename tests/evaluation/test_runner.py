@@ -96,10 +96,11 @@ def test_what_ends_beside_a_failing_request_is_recorded(engine):
 def test_an_edited_grammar_is_refused_where_it_has_results(engine):
     store = RecordStore({})
     evaluation = Evaluation(engine, TASK, PROBLEMS[:1], dataclasses.replace(SAMPLING, max_new_tokens=8), store)
-    mine = dataclasses.replace(entry(engine, "sequential"), grammar="a")
+    mine = dataclasses.replace(entry(engine, "sequential"), grammar_fingerprint="a")
     evaluation.run(mine, [None])
-    with pytest.raises(ValueError, match="sequential has changed since results of it were recorded"):
-        evaluation.run(dataclasses.replace(mine, grammar="b"), [None])
+    evaluation.check_grammars([mine])
+    with pytest.raises(ValueError, match="sequential has results of another text of that file"):
+        evaluation.check_grammars([dataclasses.replace(mine, grammar_fingerprint="b")])
 
 
 def test_engine_time_adds_up_to_the_wall_clock(engine):

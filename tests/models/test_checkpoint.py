@@ -42,7 +42,7 @@ def test_round_trip(tmp_path, dtype):
 
 
 def test_what_is_no_checkpoint(tmp_path):
-    with pytest.raises(ValueError, match=r"no checkpoint 'nothing': expected a directory or a preset \("):
+    with pytest.raises(ValueError, match=r"no checkpoint 'nothing': expected a directory or an embedded model \("):
         load_checkpoint("nothing")
     with pytest.raises(ValueError, match=r"is no checkpoint: it holds neither model_config.json nor config.json"):
         load_checkpoint(tmp_path)
@@ -90,12 +90,13 @@ def test_existing_output_is_refused_and_kept(tmp_path):
     assert [path.name for path in tmp_path.rglob("*")] == ["model", "precious"]
 
 
-def test_values_that_overflow_are_refused(tmp_path):
+@pytest.mark.parametrize("write", [save_checkpoint, export_hf])
+def test_values_that_overflow_are_refused(tmp_path, write):
     decoder = tiny_decoder()
     decoder.embedding[...] = decoder.embedding[...].at[3, :2].set(1e5)
     half = build_decoder(decoder.config, jnp.float16, lambda name: named_params(decoder)[name].astype(jnp.float16))
     with pytest.raises(ValueError, match=r"^2 of 8,\d+ values of embedding are not finite"):
-        save_checkpoint(tmp_path / "model", half)
+        write(tmp_path / "model", half)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -140,10 +141,10 @@ checkpoint.save_checkpoint("{tmp_path}/model", tiny_decoder(), byte_tokenizer())
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_presets_are_found_by_name(tmp_path, monkeypatch):
+def test_embedded_models_are_found_by_name(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "_ASSETS", tmp_path)
     export_hf(tmp_path / "small", tiny_decoder(), byte_tokenizer())
-    assert checkpoint.preset_names() == ["small"]
+    assert checkpoint.embedded_names() == ["small"]
     assert checkpoint.checkpoint_directory("small") == Path(tmp_path / "small")
-    with pytest.raises(ValueError, match=r"no checkpoint 'large': expected a directory or a preset \(small\)"):
+    with pytest.raises(ValueError, match=r"no checkpoint 'large': expected a directory or an embedded model \(small\)"):
         load_checkpoint("large")

@@ -137,6 +137,15 @@ def test_a_run_that_diverges_ends_with_its_last_good_checkpoint(tmp_path):
     assert "NaN" not in (tmp_path / "run" / "log.jsonl").read_text()
 
 
+def test_an_update_that_overflows_is_not_saved(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1)
+    graphdef, params = nnx.split(Decoder(CONFIG, rngs=nnx.Rngs(0)))
+    checkpoints.save(graphdef, TrainState(params, (), step=1))
+    with pytest.raises(ValueError, match=r"values of .* are not finite"):
+        checkpoints.save(graphdef, TrainState(jax.tree.map(lambda x: x / 0, params), (), step=2))
+    assert checkpoints.latest_step() == 1
+
+
 def test_fewer_steps_than_a_run_has_made_are_refused(tmp_path):
     run(tmp_path / "run", tmp_path / "data")
     config = OptimizerConfig(num_steps=10, warmup_steps=2)
@@ -162,14 +171,16 @@ def test_a_directory_is_of_one_process_and_one_run(tmp_path):
     settings = {"seed": 0, "samples": {"shares": (1.0, 2.0)}}
     with held_workdir(tmp_path, settings), pytest.raises(OSError, match="another process trains in"):
         held_workdir(tmp_path, settings).__enter__()
-    with held_workdir(tmp_path, settings):
-        pass
+    (tmp_path / "checkpoints" / "3").mkdir(parents=True)
+    with held_workdir(tmp_path, settings) as keep:
+        check_settings(tmp_path, {"seed": 1})  # nothing was kept yet
+        keep()
     other = {"seed": 0, "samples": {"shares": (1.0, 3.0)}}
     message = r"was begun with samples.shares = \[1.0, 2.0\], asked for is \[1.0, 3.0\]"
     with pytest.raises(ValueError, match=message), held_workdir(tmp_path, other):
         pass
-    with held_workdir(tmp_path, other, allow_changes=True):
-        pass
+    with held_workdir(tmp_path, other, allow_changes=True) as keep:
+        keep()
     check_settings(tmp_path, other)
 
 
