@@ -12,7 +12,7 @@ from configs import countdown_base
 def get_config() -> config_dict.ConfigDict:
     config = countdown_base.get_config()
     config.model.update(d_model=192, num_layers=6, num_heads=6, num_kv_heads=3, d_ff=576)
-    firsts = (50_000, 550_000, 600_000)  # of about a million samples, 130 a step
+    firsts = (50_000, 550_000, 600_000)  # of about a million samples, 130 a step: the base run's stages, one decay
     config.stages = tuple((first, changes) for first, (_, changes) in zip(firsts, config.stages, strict=True))
     config.data.update(chunk_size=4000, rows=(36, 26, 4))  # about 64,000 tokens a step
     config.optimizer.update(warmup_steps=300, num_steps=8000, restarts=())
