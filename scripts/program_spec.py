@@ -139,7 +139,7 @@ def _with_option(spec: ProgramSpec, key: str, value: str) -> ProgramSpec:
         return dataclasses.replace(spec, score=cast(Score, value))
     if key in ("generate", "evaluate", "search"):
         try:
-            return dataclasses.replace(spec, thoughts=dataclasses.replace(spec.thoughts, **{key: value}))
+            return _with_thought(spec, key, value)
         except ValueError as error:
             raise ValueError(f"--program={spec.label}: {error}") from error
     if key == "threshold":
@@ -148,12 +148,16 @@ def _with_option(spec: ProgramSpec, key: str, value: str) -> ProgramSpec:
         except ValueError:
             threshold = math.nan
         check(math.isfinite(threshold), f"{where}, must be a finite number")
-        return dataclasses.replace(spec, thoughts=dataclasses.replace(spec.thoughts, threshold=threshold))
+        return _with_thought(spec, key, threshold)
     valid = value.isdecimal() and len(value) < 9 and 1 <= int(value) < _TOO_MANY
     check(valid, f"{where}, must be a whole number in [1, {_TOO_MANY:,})")
     if key in THOUGHT_OPTIONS:
-        return dataclasses.replace(spec, thoughts=dataclasses.replace(spec.thoughts, **{key: int(value)}))
+        return _with_thought(spec, key, int(value))
     return dataclasses.replace(spec, **{key: int(value)})
+
+
+def _with_thought(spec: ProgramSpec, key: str, value: str | float) -> ProgramSpec:
+    return dataclasses.replace(spec, thoughts=dataclasses.replace(spec.thoughts, **{key: value}))
 
 
 def read_when(text: str, accept: Accept | None, where: str | None = None) -> When:
